@@ -1,0 +1,43 @@
+# Every target sets up what it needs. `make demo` and `make test` are the two to know.
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-all check format clean
+
+demo: $(READY)
+	$(BIN)/vtc sweep --questions 200 --out out/demo
+
+test: $(READY)
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-all: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell vtc kernels adapters benchmarks tests notebooks README.md CONTRIBUTING.md
+	@# mypy in the repository root would see only vtc/: check what a user gets installed instead
+	rm -rf build/installed
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
+	cd build/installed && ../../$(BIN)/mypy --strict --config-file ../../pyproject.toml -p vtc
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "vtc needs Python >= 3.11; got $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[eval,notebook,dev]"
+	@touch $@

@@ -1,0 +1,21 @@
+"""Compress the visual tokens of stock multimodal LLMs: `vtc.patch(model, method="vtc_cls", keep=64)`."""
+
+from vtc import errors
+from vtc.errors import VtcError
+from vtc.methods.base import Method
+from vtc.methods.registry import method, methods, register
+from vtc.types import Budget, Selection, Signal, Tokens
+
+__version__ = "0.1.0"
+__all__ = [
+    "Budget",
+    "Method",
+    "Selection",
+    "Signal",
+    "Tokens",
+    "VtcError",
+    "errors",
+    "method",
+    "methods",
+    "register",
+]

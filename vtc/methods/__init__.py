@@ -1,0 +1,1 @@
+"""Compression methods: one paper, one file, one frozen dataclass."""

@@ -1,0 +1,30 @@
+"""A smaller picture: the baseline that beats many pruners, because it also spares the encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vtc.methods.base import Exactness, Method, Site
+from vtc.selectors import GridPool, Selector
+
+
+@dataclass(frozen=True, kw_only=True)
+class Downsample(Method):
+    """Baseline: the image itself, resized before the encoder to the largest token grid within the budget.
+
+    The stock tower sees the smaller image with interpolated position embeddings; its tokens sit at the
+    centers of the original cells that they cover. The aspect is kept, so the number of tokens is at most
+    the budget. See VTC-Bench (arXiv 2510.07143) for why every report needs this row.
+    """
+
+    name: ClassVar[str] = "downsample"
+    summary: ClassVar[str] = "baseline: the picture itself made smaller before the encoder"
+    site: ClassVar[Site] = "pixels"
+    count: ClassVar = "at_most"
+    exactness: ClassVar[Exactness] = "restatement"
+    published_positions: ClassVar = "renumber"
+
+    def default_selector(self) -> Selector:
+        """The coarser grid that the smaller image has."""
+        return GridPool()

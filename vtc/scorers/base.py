@@ -1,0 +1,28 @@
+"""What a scorer is: Tokens -> scores, higher = keep."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc.types import Signal, Tokens
+
+
+class Scorer(ABC):
+    """Gives every token of every group a score. Subclasses are frozen dataclasses.
+
+    `name` is what users write to swap a method's scorer; `needs` is what the runtime must capture.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """Signals read by `__call__`."""
+        return ()
+
+    @abstractmethod
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """Scores `float32[G, N]`; what invalid tokens get does not matter."""

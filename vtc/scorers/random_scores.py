@@ -1,0 +1,33 @@
+"""Scores drawn at random, the same for the same picture wherever it stands in a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.scorers.base import Scorer
+from vtc.types import Signal, Tokens
+
+
+@dataclass(frozen=True)
+class RandomScores(Scorer):
+    """Uniform scores from a generator seeded by the call's seed and the pixels of the image."""
+
+    name: ClassVar[str] = "random"
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """A number made from each image's pixels."""
+        return (Signal("image_key"),)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """Scores `float32[G, N]`; those of a group depend on its own length and key alone."""
+        keys = tokens.signal("image_key").tolist()
+        scores = torch.zeros(tokens.valid.shape)
+        for g, (key, n) in enumerate(zip(keys, tokens.lengths, strict=True)):
+            generator = torch.Generator().manual_seed((int(key) << 20) ^ tokens.seed)
+            scores[g, tokens.valid[g].cpu()] = torch.rand(n, generator=generator)
+        return scores.to(tokens.valid.device)

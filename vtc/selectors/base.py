@@ -1,0 +1,39 @@
+"""What a selector is: Tokens, scores and a count per group -> Selection."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc.types import Selection, Tokens
+
+
+class Selector(ABC):
+    """Turns scores and counts into a choice. Subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+    uses_scores: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
+        """Choose.
+
+        Args:
+            tokens: what may be looked at.
+            scores: `float32[G, N]`, or None for selectors that use none.
+            counts: `int64[G]` on the CPU, tokens wanted of each group.
+        """
+
+
+def selection_of(tokens: Tokens, keep: Tensor, valid: Tensor, scores: Tensor | None = None) -> Selection:
+    """A selection of kept tokens only; indices `[G, K]` must be ascending."""
+    return Selection(
+        keep=keep,
+        valid=valid,
+        lengths=tokens.lengths,
+        parent=tokens.parent.cpu(),
+        grid=tokens.grid,
+        scores=scores,
+    )
