@@ -4,11 +4,13 @@ from vtc import errors
 from vtc.errors import VtcError
 from vtc.methods.base import Method
 from vtc.methods.registry import method, methods, register
+from vtc.runtime.handle import Handle, patch, unpatch
 from vtc.types import Budget, Selection, Signal, Tokens
 
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Handle",
     "Method",
     "Selection",
     "Signal",
@@ -17,5 +19,7 @@ __all__ = [
     "errors",
     "method",
     "methods",
+    "patch",
     "register",
+    "unpatch",
 ]

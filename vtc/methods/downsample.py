@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from vtc.methods.base import Exactness, Method, Site
 from vtc.selectors import GridPool, Selector
+from vtc.selectors.grid_pool import largest_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +29,7 @@ class Downsample(Method):
     def default_selector(self) -> Selector:
         """The coarser grid that the smaller image has."""
         return GridPool()
+
+    def size(self, grid: tuple[int, int, int], slots: int) -> tuple[int, int]:
+        """The token grid (h, w) that an image of `grid` is resized to when `slots` tokens were chosen."""
+        return largest_grid(grid[1], grid[2], slots)

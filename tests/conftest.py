@@ -1,0 +1,112 @@
+"""Tiny random stock models, prompts for them, and the oracle that a compressed model must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+IMAGE, PAD, EOS = 90, 0, 1
+GRID = 6  # 6×6 patches per image
+N = GRID * GRID
+
+
+def build_llava(*, blocks: int = 6, tower: str = "clip", seed: int = 0, **config: Any) -> Any:
+    """A LLaVA with random weights, 4 decoder layers, in eval mode and fp32."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    torch.manual_seed(seed)
+    vision: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 2,
+        "image_size": GRID * 4,
+        "patch_size": 4,
+    }
+    text = LlamaConfig(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=PAD,
+        bos_token_id=2,
+        eos_token_id=EOS,
+    )
+    given = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_token_id": IMAGE}
+    vision_config = CLIPVisionConfig(**vision) if tower == "clip" else SiglipVisionConfig(**vision)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision_config, text_config=text, **(given | config))
+    )
+    # random initial weights attend almost evenly: sharpen them so that scores and answers differ
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(8)
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def build_inputs(rows: Sequence[Sequence[int | None]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded inputs: each row is a list of text lengths, with None for an image."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = []
+    for row in rows:
+        parts = [
+            torch.full((N,), IMAGE) if n is None else torch.randint(3, 80, (n,), generator=generator) for n in row
+        ]
+        ids.append(torch.cat(parts))
+    width = max(map(len, ids))
+    images = sum(part is None for row in rows for part in row)
+    out = {
+        "input_ids": torch.stack([torch.cat([torch.full((width - len(i),), PAD), i]) for i in ids]),
+        "attention_mask": torch.stack(
+            [torch.cat([torch.zeros(width - len(i)), torch.ones(len(i))]).long() for i in ids]
+        ),
+    }
+    if images:
+        out["pixel_values"] = torch.randn(images, 3, GRID * 4, GRID * 4, generator=generator)
+    return out
+
+
+def masked(inputs: dict[str, torch.Tensor], selection: Any) -> dict[str, torch.Tensor]:
+    """The oracle's inputs: dropped tokens get `attention_mask = 0`, positions are the original ones."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"].clone()
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    places = (ids == IMAGE).nonzero().split(list(selection.lengths))
+    for g, place in enumerate(places):
+        dropped = place[~selection.mask()[g, : len(place)].cpu()]
+        mask[dropped[:, 0], dropped[:, 1]] = 0
+    return {**inputs, "attention_mask": mask, "position_ids": positions}
+
+
+@pytest.fixture
+def llava() -> Any:
+    return build_llava()
+
+
+@pytest.fixture
+def make_llava() -> Callable[..., Any]:
+    return build_llava
+
+
+@pytest.fixture
+def make_inputs() -> Callable[..., dict[str, torch.Tensor]]:
+    return build_inputs
+
+
+@pytest.fixture
+def oracle() -> Callable[..., dict[str, torch.Tensor]]:
+    return masked

@@ -1,0 +1,34 @@
+"""Times on the device that does the work, without waiting for it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Clock:
+    """Named moments of one call. On CUDA they are events, read only when a difference is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._moments: dict[str, torch.cuda.Event | float] = {}
+
+    def mark(self, name: str) -> None:
+        """Remember now as `name`."""
+        if not self._cuda:
+            self._moments[name] = time.perf_counter()
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._moments[name] = event
+
+    def ms(self, start: str, end: str) -> float | None:
+        """Milliseconds from one moment to another; None if either was never reached."""
+        a, b = self._moments.get(start), self._moments.get(end)
+        if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event):
+            b.synchronize()
+            return a.elapsed_time(b)
+        if isinstance(a, float) and isinstance(b, float):
+            return (b - a) * 1e3
+        return None
