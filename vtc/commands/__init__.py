@@ -1,0 +1,1 @@
+"""The commands of `vtc`, one module each; `vtc.cli` reads the arguments."""

@@ -1,0 +1,93 @@
+"""Models by folder or hub id, with errors that say what is wrong with the name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtc.errors import InputError, OptionError
+
+
+def quiet() -> None:
+    """Keep transformers' warnings off a command's output; its progress bars only for people."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def check(model: str) -> str:
+    """A name as `from_pretrained` takes it: a folder with a model, or a hub id.
+
+    Raises:
+        InputError: a folder that does not exist or holds no model.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"folder {model!r} holds no config.json, expected one written by save_pretrained: "
+                f"name the folder of a model"
+            )
+        return str(folder)
+    # a hub id has at most one slash and never starts like a path
+    if folder.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(
+            f"model {model!r} is not a folder, expected the folder of a model or a hub id such as "
+            f"llava-hf/llava-1.5-7b-hf: check the path"
+        )
+    return model
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`; `"auto"` is the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OptionError(
+            f"device {name!r} cannot be used here ({reason}), expected 'auto', 'cpu' or a device "
+            f"of this machine: see `vtc doctor`"
+        ) from None
+    return device
+
+
+def load(model: str, device: torch.device) -> tuple[Any, Any]:
+    """The stock model in evaluation mode and its processor."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    name = check(model)
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        found = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loaded(model, error) from None
+    return found.to(device).eval(), processor
+
+
+def skeleton(model: str) -> Any:
+    """The model without weights, from its configuration alone."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    name = check(model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loaded(model, error) from None
+
+
+def _not_loaded(model: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())
+    return InputError(
+        f"model {model!r} could not be loaded ({type(error).__name__}: {reason[:200]}), expected "
+        f"an image-text-to-text model of transformers: check the name, or download it while online"
+    )
