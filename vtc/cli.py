@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import os
 import sys
@@ -16,6 +15,8 @@ from vtc.errors import InputError, OptionError, SignalError, UnsupportedModelErr
 from vtc.keep import parse_keep
 
 _WRONG_USE = (OptionError, InputError, UnsupportedModelError, SignalError)
+_METHOD = "a name of `vtc methods`, options behind a colon: vtc_cls:start=12"
+_KEEP = "0.11 (a fraction), 64 or 64tok (tokens per image)"
 _POSITIONS = ("keep", "renumber", "median", "published")
 
 
@@ -26,9 +27,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; `argv` is without the program's name."""
-    args = _parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(given, argparse.Namespace(argv=given))
     try:
-        command = importlib.import_module(f"vtc.commands.{args.command}")
+        command = importlib.import_module(f"vtc.commands.{args.verb}")
         status: int = command.run(args)
         sys.stdout.flush()
     except VtcError as error:
@@ -54,7 +56,7 @@ def _line(error: object) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vtc", description="Compress the visual tokens of multimodal LLMs.")
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for add in (_demo, _sweep, _methods, _tasks, _doctor):
         add(commands)
     return parser
@@ -66,16 +68,8 @@ def _demo(commands: Any) -> None:
     p.add_argument("--image", type=Path, help="a picture (default: a scene of the testbed)")
     p.add_argument("--question", help="default: the scene's own")
     p.add_argument("--scene", type=_whole(0), default=0, help="which scene (default: %(default)s)")
-    p.add_argument("--method", default="vtc_cls", help="see `vtc methods` (default: %(default)s)")
-    p.add_argument(
-        "--option",
-        type=_option,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the method, such as start=12 (repeatable)",
-    )
-    p.add_argument("--keep", type=_keep, help="0.11, 64 or 64tok (default: 0.11)")
+    p.add_argument("--method", default="vtc_cls", help=_METHOD + " (default: %(default)s)")
+    p.add_argument("--keep", type=_keep, help=_KEEP + "; default: 0.11")
     p.add_argument("--positions", choices=_POSITIONS, default="keep")
     p.add_argument("--seed", type=_whole(0), default=0)
     p.add_argument("--device", default="auto")
@@ -101,7 +95,23 @@ def _doctor(commands: Any) -> None:
 
 
 def _sweep(commands: Any) -> None:
-    _command(commands, "sweep", "methods x keep: accuracy against kept tokens, as a report")
+    p = _command(commands, "sweep", "methods x keep: accuracy against tokens kept, as a report")
+    p.argument_default = argparse.SUPPRESS
+    p.add_argument("--model", help="folder or hub id (default: the testbed's model)")
+    p.add_argument("--out", type=Path, help="folder of the results; a second run goes on there")
+    p.add_argument("--methods", nargs="+", metavar="METHOD", help=_METHOD)
+    p.add_argument("--keep", dest="keeps", nargs="+", type=_keep, metavar="KEEP", help=_KEEP)
+    p.add_argument("--positions", nargs="+", choices=_POSITIONS)
+    p.add_argument("--questions", type=_whole(1), help="questions of each task")
+    p.add_argument("--seeds", nargs="+", type=_whole(0), metavar="SEED", help="of `random`")
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help="lmms-eval tasks")
+    p.add_argument("--include-path", type=Path, help="folder of lmms-eval task files")
+    p.add_argument("--metric", help="the key of a question's score (default: found by itself)")
+    p.add_argument("--device", help="cpu, cuda, ... (default: CUDA where there is one)")
+    p.add_argument("--dtype")
+    p.add_argument("--batch-size", type=_whole(1))
+    p.add_argument("--timed-samples", type=_whole(0), help="questions that are timed one by one")
+    p.add_argument("--pictures", type=_whole(0), help="pictures in the report")
 
 
 def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
@@ -116,16 +126,6 @@ def _keep(text: str) -> float | int:
     except OptionError as error:
         # argparse drops the message of a ValueError
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE such as start=12")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def _whole(least: int) -> Callable[[str], int]:

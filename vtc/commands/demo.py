@@ -14,7 +14,9 @@ import vtc
 from vtc import viz
 from vtc.commands import models
 from vtc.commands.files import picture_suffix, read_picture, replacing
-from vtc.errors import InputError, VtcError
+from vtc.errors import InputError
+from vtc.evaluation.compression import parse_method
+from vtc.evaluation.loading import load
 from vtc.methods.base import Method
 
 KEEP = 0.11
@@ -33,14 +35,16 @@ class Ask:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, print the answers and the report, write the overlay."""
-    method = vtc.method(args.method, **dict(args.option))
+    name, options = parse_method(args.method)
+    method = vtc.method(name, **options)
     keep = _keep(method, args.keep)
     picture_suffix(args.out)
     device = models.device_of(args.device)
     models.quiet()
     with replacing(args.out) as temporary:
         ask = _ask(args)
-        model, processor = models.load(_model(args.model), device)
+        loaded = load(models.name_of(args.model), str(device))
+        model, processor = loaded.model, loaded.processor
         inputs = _inputs(processor, ask).to(device, dtype=model.dtype)
         full = _answer(model, processor, inputs, args.max_new_tokens)
         torch.manual_seed(args.seed)
@@ -71,20 +75,6 @@ def _keep(method: Method, keep: float | int | None) -> float | int | None:
     return keep
 
 
-def _model(name: str | None) -> str:
-    if name is not None:
-        return name
-    from vtc import testbed
-
-    folder = testbed.model_folder("llava")
-    if not (folder / "config.json").is_file():
-        raise VtcError(
-            "the testbed's model is not in this installation, expected it as package data: name a "
-            "model with --model"
-        )
-    return str(folder)
-
-
 def _ask(args: argparse.Namespace) -> Ask:
     if args.question is not None and not args.question.strip():
         raise InputError("the question is empty, expected some text: write --question '...'")
@@ -103,10 +93,8 @@ def _ask(args: argparse.Namespace) -> Ask:
 
 def _inputs(processor: Any, ask: Ask) -> Any:
     content = [{"type": "image"}, {"type": "text", "text": ask.question}]
-    prompt = f"USER: <image>\n{ask.question} ASSISTANT:"
-    if getattr(processor, "chat_template", None):
-        chat = [{"role": "user", "content": content}]
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+    chat = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
     return processor(images=ask.image, text=prompt, return_tensors="pt")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vtc.errors import InputError, OptionError
+from vtc.errors import InputError, OptionError, VtcError
 
 
 def quiet() -> None:
@@ -20,12 +20,18 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
-def check(model: str) -> str:
+def name_of(model: str | None) -> str:
     """A name as `from_pretrained` takes it: a folder with a model, or a hub id.
+
+    Args:
+        model: the name as given; None: the testbed's model.
 
     Raises:
         InputError: a folder that does not exist or holds no model.
+        VtcError: the testbed's model is not installed.
     """
+    if model is None:
+        return _testbed()
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -59,35 +65,30 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def load(model: str, device: torch.device) -> tuple[Any, Any]:
-    """The stock model in evaluation mode and its processor."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    name = check(model)
-    try:
-        processor = AutoProcessor.from_pretrained(name)
-        found = AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loaded(model, error) from None
-    return found.to(device).eval(), processor
-
-
 def skeleton(model: str) -> Any:
     """The model without weights, from its configuration alone."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    name = check(model)
+    name = name_of(model)
     try:
         config = AutoConfig.from_pretrained(name)
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loaded(model, error) from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"model {model!r} has no configuration that can be used ({reason}), expected an "
+            f"image-text-to-text model of transformers: check the name, or download it while online"
+        ) from None
 
 
-def _not_loaded(model: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
-    return InputError(
-        f"model {model!r} could not be loaded ({type(error).__name__}: {reason[:200]}), expected "
-        f"an image-text-to-text model of transformers: check the name, or download it while online"
-    )
+def _testbed() -> str:
+    from vtc.testbed import model_folder
+
+    folder = model_folder("llava")
+    if not (folder / "config.json").is_file():
+        raise VtcError(
+            "the testbed's model is not in this installation, expected it as package data: name a "
+            "model with --model"
+        )
+    return str(folder)
