@@ -126,8 +126,8 @@ class ForwardSeam:
     def _before_base(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
+        # some families call their base model by position
+        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         ids = given.get("input_ids")
         encoded = given.get("mm_encoder_outputs") is not None
         if ids is None or not (self.session.adapter.has_images(given) or encoded):
@@ -234,11 +234,14 @@ def _later_step(state: CacheState, kwargs: dict[str, Any]) -> dict[str, Any]:
             f"a step of batch {batch} continues a compressed prompt of batch {len(state.mask)}, expected the same "
             f"batch: use generate() for beams"
         )
+    # negative when assisted decoding took back candidates that ran along with the prompt
     behind = int(cache.get_seq_length()) - state.mask.shape[1]
+    start = state.mask[:, : state.mask.shape[1] + min(behind, 0)]
+    later = max(behind, 0) + new
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == state.prompt + behind + new:
-        tail = mask[:, state.prompt :]
+        tail = mask[:, -later:]
     elif mask is None:
-        tail = state.mask.new_ones(batch, behind + new)
+        tail = start.new_ones(batch, later)
     else:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedModeError(
@@ -252,6 +255,6 @@ def _later_step(state: CacheState, kwargs: dict[str, Any]) -> dict[str, Any]:
         positions = positions - state.shift
     return {
         **kwargs,
-        "attention_mask": torch.cat([state.mask, tail.to(state.mask)], 1),
+        "attention_mask": torch.cat([start, tail.to(start)], 1),
         "position_ids": positions,
     }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class GenerateSeam:
                 return self._run(call, kwargs, None)
             short = self.session.shorten(images, selection, embeds, mask, positions, small)
             clock.mark("selected")
-            return self._run(call, _shortened(self.session, kwargs, short, config), short)
+            with _processors_see(model, mask):
+                return self._run(call, _shortened(self.session, kwargs, short, config), short)
 
     def _choose(
         self, images: Images, kwargs: dict[str, Any], clock: Clock
@@ -161,7 +163,7 @@ class _Config:
 
 def _by_keyword(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments by name, `inputs` as `input_ids`."""
-    named = dict(inspect.signature(stock).bind_partial(*args).arguments) | kwargs
+    named = dict(zip(inspect.signature(stock).parameters, args, strict=False)) | kwargs
     ids = named.pop("inputs", None)
     if ids is not None:
         if named.get("input_ids") is not None:
@@ -215,6 +217,25 @@ def _shortened(session: Session, kwargs: dict[str, Any], short: Short, config: _
             out["generation_config"] = copy.deepcopy(out["generation_config"])
             setattr(out["generation_config"], whole, None)
     return out
+
+
+@contextmanager
+def _processors_see(model: Any, mask: Tensor) -> Iterator[None]:
+    """Logits processors get the full prompt's mask: stock penalties count padding in the full ids with it."""
+    stock = model._get_logits_processor
+
+    def with_full_mask(*args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        seen = dict(model_kwargs or {})
+        rows = len(seen["inputs_embeds"]) // len(mask)
+        whole = bool((mask == 1).all())
+        seen["attention_mask"] = None if whole else mask.repeat_interleave(rows, 0)
+        return stock(*args, model_kwargs=seen, **kwargs)
+
+    vars(model)["_get_logits_processor"] = with_full_mask
+    try:
+        yield
+    finally:
+        del vars(model)["_get_logits_processor"]
 
 
 def _kv_bytes(cache: Any) -> int | None:
