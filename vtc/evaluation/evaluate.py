@@ -1,0 +1,138 @@
+"""One run of stock lmms-eval in this process: it builds the prompts' questions and scores the answers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vtc.errors import InputError, OptionError, VtcError
+
+
+def require_extra() -> None:
+    """Raises `VtcError` with the command to run where the `eval` extra is not installed."""
+    try:
+        import lmms_eval  # noqa: F401
+    except ImportError as error:
+        raise VtcError(
+            f"{error.name or 'lmms_eval'} is not installed, expected the eval extra; "
+            f"pip install 'visual-token-compression[eval]'"
+        ) from None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back lmms-eval's own log lines and bars; one bar over all runs says more."""
+    from loguru import logger
+
+    logger.disable("lmms_eval")
+    logger.disable("vtc")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.enable("lmms_eval")
+        logger.enable("vtc")
+
+
+def load_tasks(names: Sequence[str], include_path: Path | None) -> list[Any]:
+    """lmms-eval tasks with their questions, for any number of runs.
+
+    Args:
+        names: of tasks or groups.
+        include_path: a folder of task files; None: lmms-eval's own tasks.
+
+    Raises:
+        OptionError: a name is unknown.
+        InputError: a task's questions could not be loaded.
+    """
+    from lmms_eval.evaluator_utils import get_task_list
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager(
+        include_path=str(include_path) if include_path else None,
+        include_defaults=include_path is None,
+    )
+    if missing := [name for name in names if name not in manager.all_tasks]:
+        known = ", ".join(manager.all_tasks[:8])
+        raise OptionError(f"task {missing[0]!r} is unknown; expected one of {known}")
+    try:
+        found = get_task_dict(list(names), manager, "chat")
+    except Exception as error:
+        raise InputError(
+            f"the questions of {', '.join(names)} could not be loaded: {type(error).__name__}: {error}"
+        ) from error
+    return [output.task for output in get_task_list(found)]
+
+
+def evaluate(model: Any, tasks: Sequence[Any], questions: int | None = None) -> dict[str, Any]:
+    """Run `model` on `tasks` and let lmms-eval score it.
+
+    Args:
+        model: a `vtc.evaluation.model.Vtc`.
+        tasks: from `load_tasks`.
+        questions: the first so many of each task; None: all.
+
+    Returns:
+        lmms-eval's results, with `samples`.
+
+    Raises:
+        SampleError: a sample failed; there are no results then.
+        VtcError: lmms-eval gave none, or not as many samples as questions.
+    """
+    from lmms_eval.evaluator import simple_evaluate
+
+    results = simple_evaluate(
+        model=model, tasks=list(tasks), limit=questions, bootstrap_iters=0, process_docs_parallel=1
+    )
+    if not results or not results.get("samples"):
+        raise VtcError("lmms-eval returned no samples, so there is nothing to report")
+    for task, samples in results["samples"].items():
+        expected = results["n-samples"][task]["effective"]
+        if len(samples) != expected:
+            raise VtcError(
+                f"lmms-eval scored {len(samples)} of {expected} questions of {task}, so no accuracy is "
+                f"reported"
+            )
+    return dict(results)
+
+
+def flat_sample(task: str, sample: Mapping[str, Any], metric: str | None = None) -> dict[str, Any]:
+    """One line of our samples file: the question, the answer, its score and what it cost.
+
+    Args:
+        task: name of the task.
+        sample: as lmms-eval logs it.
+        metric: the key of the score; None: the first number among the task's metrics.
+
+    Raises:
+        VtcError: lmms-eval gave no number for this sample.
+    """
+    doc = sample.get("doc", {})
+    return {
+        "task": task,
+        "doc_id": sample["doc_id"],
+        "kind": doc.get("kind"),
+        "question": doc.get("question"),
+        "target": sample["target"],
+        "answer": sample["filtered_resps"][0],
+        "score": _score(task, sample, metric),
+        **(sample["token_counts"][0] or {}),
+    }
+
+
+_PREFERRED = ("accuracy", "exact_match", "score", "anls", "relaxed_overall")
+_NOT_METRICS = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts")
+
+
+def _score(task: str, sample: Mapping[str, Any], metric: str | None) -> float:
+    others = [key for key in sample if key not in (*_PREFERRED, *_NOT_METRICS)]
+    for name in (metric,) if metric else (*_PREFERRED, *others):
+        value = sample.get(name)
+        # several stock tasks (POPE, MME) log a record with the score in it
+        value = value.get("score") if isinstance(value, dict) else value
+        if isinstance(value, (bool, int, float)):
+            return float(value)
+    raise VtcError(f"task {task} gave no number for question {sample['doc_id']}, expected one per sample")

@@ -1,0 +1,76 @@
+"""A model and its processor, loaded once and shared by all runs of a sweep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtc.errors import InputError, OptionError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stock model in eval mode and its processor, padding on the left."""
+
+    model: Any
+    processor: Any
+    pretrained: str
+
+
+def load(
+    pretrained: str,
+    device: str | None = None,
+    device_map: str | None = None,
+    dtype: str = "auto",
+    **extra: Any,
+) -> Loaded:
+    """Load any image-text-to-text model and its processor.
+
+    Args:
+        pretrained: a folder or a hub id.
+        device: `"cpu"`, `"cuda"`, ...; None: CUDA where there is one.
+        device_map: given to `from_pretrained` instead of moving the model to `device`.
+        dtype: `"auto"` is the checkpoint's on a GPU and float32 on a CPU, where bfloat16 is slow.
+        extra: more for `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`).
+
+    Raises:
+        OptionError: no such folder or dtype.
+        InputError: the folder or hub id holds no usable model or processor.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if pretrained.startswith((".", "/", "~")) and not Path(pretrained).expanduser().is_dir():
+        raise OptionError(f"pretrained={pretrained!r} is not a folder; pass one, or a hub id")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = (device_map or device) == "cpu"
+    chosen = _dtype("float32" if dtype == "auto" and on_cpu else dtype)
+    source = str(Path(pretrained).expanduser()) if Path(pretrained).expanduser().is_dir() else pretrained
+    hub = {key: extra[key] for key in ("revision", "trust_remote_code") if key in extra}
+    try:
+        processor = AutoProcessor.from_pretrained(source, **hub)
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=chosen, device_map=device_map, **extra
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"pretrained={pretrained!r} could not be loaded as an image-text-to-text model: {first}"
+        ) from error
+    if not getattr(processor, "chat_template", None):
+        raise InputError(
+            f"the processor of {pretrained!r} has no chat template, expected one to write prompts with; "
+            f"add chat_template.jinja to it"
+        )
+    processor.tokenizer.padding_side = "left"
+    model = model if device_map else model.to(device)
+    return Loaded(model.eval(), processor, pretrained)
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    found = getattr(torch, name, None) if name != "auto" else name
+    if not (found == "auto" or isinstance(found, torch.dtype)):
+        raise OptionError(f"dtype={name!r} is unknown; expected auto, float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,113 @@
+"""What lmms-eval writes about every sample beside its score: tokens, evidence and times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmms_eval.api.instance import TokenCounts
+from torch import Tensor
+
+from vtc.types import Selection
+
+Numbers = dict[str, float | int | None]
+
+# of one call: meaningful per sample only where the call holds one sample
+TIMES = ("encoder_ms", "selector_ms", "ttft_ms", "tpot_ms")
+MEMORY = ("kv_bytes", "peak_memory_bytes")
+
+
+@dataclass
+class SampleCounts(TokenCounts):  # type: ignore[misc]
+    """lmms-eval's token counts of a sample, with ours beside them in the samples file."""
+
+    numbers: Numbers = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the samples file holds."""
+        return {**super().to_dict(), **self.numbers}
+
+
+def token_numbers(report: Any, images: range, alone: bool) -> Numbers:
+    """Tokens of one sample, and its times.
+
+    Args:
+        report: `handle.report()` of the call.
+        images: the sample's images, counted over the call.
+        alone: the call held this sample only and was warm, so that its times are its own.
+    """
+    visual = sum(report.visual_tokens[i] for i in images)
+    llm = sum(report.llm_tokens[i] for i in images)
+    numbers: Numbers = {
+        "visual_tokens": visual,
+        "llm_tokens": llm,
+        "kept_fraction": llm / visual if visual else None,
+    }
+    for name in (*TIMES, *MEMORY):
+        numbers[name] = getattr(report, name) if alone else None
+    return numbers
+
+
+def evidence_numbers(
+    doc: Mapping[str, Any], size: tuple[int, int], handle: Any, image: int
+) -> Numbers:
+    """Which share of the tokens that carry the answer survived.
+
+    Read from the question's own boxes after the answer was generated; no method ever sees them.
+
+    Args:
+        doc: the question; `doc["evidence"]` holds boxes (x0, y0, x1, y1) in pixels of its picture.
+        size: (width, height) of the picture.
+        handle: of the call that has just returned.
+        image: the picture's number in the call.
+
+    Returns:
+        `evidence_recall` over kept tokens, and where a method merges some also `evidence_covered`,
+        which counts members of merged tokens. Both are absent where they say nothing: no boxes, the
+        picture is several crops, or the method keeps no token as it is.
+    """
+    boxes = doc.get("evidence")
+    if not boxes:
+        return {}
+    report, selections = handle.report(), handle.selections
+    if report.llm_tokens[image] == report.visual_tokens[image] and not selections:
+        return {"evidence_recall": 1.0}
+    if not selections:
+        return {}
+    selection: Selection = selections[-1]
+    groups = (selection.parent[:, 0] == image).nonzero()[:, 0].tolist()
+    if len(groups) != 1 or not bool(selection.valid[groups[0]].any()):
+        return {}
+    group = groups[0]
+    frames, height, width = selection.grid[group]
+    if frames != 1 or selection.lengths[group] != height * width:
+        return {}
+    wanted = _evidence(boxes, (height, width), size)
+    if not bool(wanted.any()):
+        return {}
+    numbers: Numbers = {"evidence_recall": _share(selection.mask()[group], wanted)}
+    if selection.merge is not None:
+        numbers["evidence_covered"] = _share(selection.covered()[group], wanted)
+    return numbers
+
+
+def _evidence(boxes: Any, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    from vtc.testbed import evidence_tokens
+
+    tokens: Tensor = evidence_tokens(boxes, grid, size)
+    return tokens
+
+
+def _share(mask: Tensor, wanted: Tensor) -> float:
+    return float((mask.cpu()[: len(wanted)] & wanted).sum() / wanted.sum())
+
+
+def means(samples: Iterable[Mapping[str, float | int | None]]) -> dict[str, float]:
+    """The mean of every number over the samples that have it."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, value in sample.items():
+            if value is not None:
+                values.setdefault(name, []).append(float(value))
+    return {name: sum(found) / len(found) for name, found in values.items()}

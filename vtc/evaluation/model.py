@@ -1,0 +1,249 @@
+"""The model `vtc` for stock lmms-eval: any image-text-to-text model and its processor, compressed.
+
+One chat class of our own instead of a mixin over lmms-eval's: theirs take one sample at a time, need
+packages they don't declare, and turn an error into an empty answer. Prompts and generation arguments
+are those of lmms-eval's `llava_hf`, so that `method=none` gives its answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from loguru import logger
+from PIL import Image
+from tqdm import tqdm
+
+from vtc.errors import InputError, SampleError, UnsupportedModeError
+from vtc.evaluation.compression import Compression
+from vtc.evaluation.loading import Loaded, load
+from vtc.evaluation.measure import SampleCounts, evidence_numbers, means, token_numbers
+
+_LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code", "attn_implementation")
+
+
+class Vtc(lmms):  # type: ignore[misc]
+    """`lmms-eval --model vtc --model_args pretrained=<folder or hub id>,method=vtc_cls,keep=0.11`.
+
+    Args:
+        pretrained: a folder or a hub id; or a model already loaded, to share it between runs.
+        method: a registered method.
+        keep: as `vtc.patch` takes it, or `64tok`; a bare 1 is refused (write 1.0 or 1tok).
+        positions: the position policy.
+        seed: for methods that draw.
+        batch_size: samples per call; with more than one, prompts are padded on the left.
+        timed_samples: with batches, so many samples are still run alone, to be timed. Times are
+            never those of a batch; the first sample is run twice and timed the second time.
+        use_cache: as `generate` takes it.
+        max_batch_size: accepted because lmms-eval passes it; not used.
+        arguments: `device`, `device_map`, `dtype`, `revision`, `trust_remote_code` and
+            `attn_implementation` go to the loading, all others are options of the method.
+
+    Raises:
+        OptionError: a wrong method, option, keep, position policy or folder; before anything is loaded.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | Loaded,
+        method: str = "vtc_cls",
+        keep: float | int | str | None = None,
+        positions: str = "keep",
+        seed: int = 0,
+        batch_size: int | str = 1,
+        timed_samples: int = 12,
+        use_cache: bool = True,
+        max_batch_size: int | str | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        loading = {key: arguments.pop(key) for key in _LOADING if key in arguments}
+        self.compression = Compression(method, keep, positions, seed, arguments)
+        self.batch_size = int(batch_size)
+        self.timed_samples = timed_samples
+        self.use_cache = use_cache
+        self._loaded: Loaded | None = None
+        self._shared = isinstance(pretrained, Loaded)
+        self._loaded = pretrained if isinstance(pretrained, Loaded) else load(pretrained, **loading)
+
+    @property
+    def loaded(self) -> Loaded:
+        """Model and processor; gone after a run that loaded its own."""
+        if self._loaded is None:
+            raise InputError("this lmms-eval model was cleaned after its run; build a new one")
+        return self._loaded
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        device: torch.device = self.loaded.model.device
+        return device
+
+    def clean(self) -> None:
+        """Free memory after a run, as lmms-eval does; a shared model stays."""
+        if not self._shared:
+            self._loaded = None
+            super().clean()
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refused: lmms-eval has no likelihood tasks for chat models."""
+        raise UnsupportedModeError(
+            "model 'vtc' got a likelihood task, expected one that generates an answer; "
+            "choose a task with output_type generate_until"
+        )
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Refused: one question, one answer."""
+        raise UnsupportedModeError(
+            "model 'vtc' got a task of several rounds, expected one question and one answer; "
+            "choose a task with output_type generate_until"
+        )
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer every request.
+
+        Raises:
+            SampleError: after all of them, if any failed; nothing is reported then.
+        """
+        results: list[GenerationResult | None] = [None] * len(requests)
+        failed, first, start = 0, None, time.perf_counter()
+        bar = tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0)
+        with self.compression.patch(self.loaded.model) as handle:
+            self._warm_up(requests, handle)
+            for indices in self._batches(requests):
+                batch = [requests[i].args for i in indices]
+                try:
+                    answers = self._answer(batch, handle)
+                except Exception as error:
+                    failed, first = failed + len(batch), first or (batch[0], error)
+                    logger.error(f"{_where(batch[0])}: {type(error).__name__}: {error}")
+                else:
+                    for i, answer in zip(indices, answers, strict=True):
+                        results[i] = answer
+                bar.update(len(batch))
+        bar.close()
+        if first is not None:
+            args, cause = first
+            raise SampleError(
+                f"{failed} of {len(requests)} samples failed, so no accuracy is reported; the first was "
+                f"{_where(args)}: {type(cause).__name__}: {cause}"
+            ) from cause
+        done = [result for result in results if result is not None]
+        self._log(done, time.perf_counter() - start)
+        return done
+
+    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
+        """Indices of requests that go into one call: the same generation arguments, task and split."""
+        alone = min(self.timed_samples, len(requests)) if self.batch_size > 1 else len(requests)
+        yield from ([i] for i in range(alone))
+
+        def key(i: int) -> str:
+            _, _, arguments, _, task, split = requests[i].args
+            return json.dumps([arguments, task, split], sort_keys=True, default=str)
+
+        rest = sorted(range(alone, len(requests)), key=key)
+        for _, group in itertools.groupby(rest, key):
+            indices = list(group)
+            for at in range(0, len(indices), self.batch_size):
+                yield indices[at : at + self.batch_size]
+
+    def _warm_up(self, requests: Sequence[Instance], handle: Any) -> None:
+        devices = [self.device] if self.device.type == "cuda" else []
+        # sampled answers must not depend on the warm-up
+        with torch.random.fork_rng(devices):
+            try:
+                self._answer([request.args for request in requests[:1]], handle)
+            except Exception as error:
+                # the same sample comes again at once and is counted there
+                logger.debug(f"warm-up failed: {error}")
+
+    def _answer(self, batch: Sequence[tuple[Any, ...]], handle: Any) -> list[GenerationResult]:
+        docs = [self.task_dict[task][split][doc_id] for _, _, _, doc_id, task, split in batch]
+        prompts, images = [], []
+        for args, doc in zip(batch, docs, strict=True):
+            prompt, pictures = self._prompt(args[1](doc))
+            prompts.append(prompt)
+            images.append(pictures)
+        answers, lengths = self._generate(prompts, list(itertools.chain(*images)), batch[0][2])
+        counts = self._count(docs, images, handle, lengths)
+        return [GenerationResult(*pair) for pair in zip(answers, counts, strict=True)]
+
+    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[str, list[Image.Image]]:
+        chat = ChatMessages(messages=messages)
+        images, videos, audios = chat.extract_media()
+        if videos or audios:
+            raise UnsupportedModeError(
+                f"model 'vtc' got a question with {len(videos)} videos and {len(audios)} sounds, expected "
+                f"pictures only; choose an image task"
+            )
+        text = self.loaded.processor.apply_chat_template(
+            chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
+        )
+        return text, images
+
+    def _generate(
+        self, prompts: list[str], images: list[Image.Image], arguments: dict[str, Any]
+    ) -> tuple[list[str], list[int]]:
+        """Texts and their numbers of tokens, with the generation arguments of lmms-eval's `llava_hf`."""
+        model, processor = self.loaded.model, self.loaded.processor
+        inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
+        inputs = inputs.to(self.device, model.dtype)
+        temperature, end = arguments.get("temperature", 0), processor.tokenizer.eos_token_id
+        output = model.generate(
+            **inputs,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            top_p=arguments.get("top_p"),
+            num_beams=arguments.get("num_beams", 1),
+            max_new_tokens=arguments.get("max_new_tokens", 1024),
+            use_cache=self.use_cache,
+            pad_token_id=end,
+            eos_token_id=end,
+        )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        lengths = [(row.index(end) + 1 if end in row else len(row)) for row in new.tolist()]
+        return processor.batch_decode(new, skip_special_tokens=True), lengths
+
+    def _count(
+        self, docs: Sequence[Any], images: Sequence[list[Image.Image]], handle: Any, lengths: list[int]
+    ) -> list[SampleCounts]:
+        ends = list(itertools.accumulate((len(pictures) for pictures in images), initial=0))
+        counts = []
+        for doc, pictures, (start, end), length in zip(
+            docs, images, itertools.pairwise(ends), lengths, strict=True
+        ):
+            numbers = {}
+            if pictures:
+                numbers = token_numbers(handle.report(), range(start, end), alone=len(docs) == 1)
+            if len(pictures) == 1:
+                numbers |= evidence_numbers(doc, pictures[0].size, handle, start)
+            counts.append(SampleCounts(output_tokens=length, numbers=numbers))
+        return counts
+
+    def _log(self, results: Sequence[GenerationResult], seconds: float) -> None:
+        """Means over all samples, once, as lmms-eval averages repeated logs without weights."""
+        tokens = sum(result.token_counts.output_tokens for result in results)
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={
+                **means(result.token_counts.numbers for result in results),
+                "n_samples": len(results),
+                "n_failed": 0,
+            },
+        )
+
+
+def _where(args: tuple[Any, ...]) -> str:
+    return f"question {args[3]} of {args[4]}"
