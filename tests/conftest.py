@@ -92,6 +92,36 @@ def masked(inputs: dict[str, torch.Tensor], selection: Any) -> dict[str, torch.T
     return {**inputs, "attention_mask": mask, "position_ids": positions}
 
 
+def build_processor() -> Any:
+    """A real LlavaProcessor whose ids are those of the tiny models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(100)} | {"<pad>": PAD, "<eos>": EOS, "<image>": IMAGE}
+    tokenizer = Tokenizer(models.WordLevel({w: i for w, i in words.items() if w not in ("w0", "w1", "w90")}, "w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": GRID * 4, "width": GRID * 4}
+    template = "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
+    return LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": GRID * 4}, crop_size=size),
+        fast,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+        image_token="<image>",
+    )
+
+
+@pytest.fixture
+def processor() -> Any:
+    return build_processor()
+
+
 @pytest.fixture
 def llava() -> Any:
     return build_llava()
