@@ -1,0 +1,45 @@
+"""Kept indices worked out by hand: see tests/goldens/ for the derivations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vtc
+from vtc.types import Budget, Tokens
+
+CASES = [
+    pytest.param(case, id=f"{path.stem}: {case['case']}")
+    for path in sorted((Path(__file__).parents[1] / "goldens").glob("*.json"))
+    for case in json.loads(path.read_text())
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: dict[str, Any]) -> None:
+    t, h, w = case["grid"]
+    n = t * h * w
+    signals = {name: torch.tensor(value)[None] for name, value in case.get("signals", {}).items()}
+    tokens = Tokens(
+        features=torch.tensor(case.get("features", [[0.0]] * n))[None],
+        valid=torch.ones(1, n, dtype=torch.bool),
+        grid=((t, h, w),),
+        parent=torch.zeros(1, 2, dtype=torch.int64),
+        signals=signals,
+    )
+    selection = vtc.method(case["method"], **case.get("options", {})).select(tokens, Budget.of(case["keep"]))
+    assert selection.keep[0].tolist() == case["kept"]
+    if "positions" in case:
+        assert selection.slot_positions[0].tolist() == case["positions"]
+    if "tokens" in case:
+        torch.testing.assert_close(selection.apply(tokens.features)[0], torch.tensor(case["tokens"]))
+
+
+def test_every_method_that_chooses_by_rule_has_goldens() -> None:
+    counted = {name: sum(c.values[0]["method"] == name for c in CASES) for name in vtc.methods()}
+    chance = {"random", "none"}  # their properties are in test_universal.py
+    assert all(count >= 3 for name, count in counted.items() if name not in chance), counted

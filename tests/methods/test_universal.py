@@ -1,0 +1,172 @@
+"""What holds for every registered method: the registry is the list, so a new method is tested by being there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vtc
+from vtc.types import Budget, Tokens
+
+METHODS = list(vtc.methods())
+KEEPS = [0.11, 0.5, 7, 1]
+
+
+def keeps_of(name: str) -> list[Any]:
+    return [None] if name == "none" or vtc.method(name).count == "adaptive" else KEEPS
+
+
+@st.composite
+def tokens_with_padding(draw: st.DrawFn) -> Tokens:
+    """Groups of h×w tokens, padded at the end, with every signal the runtime knows."""
+    grids = draw(st.lists(st.tuples(st.just(1), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4))
+    return build_tokens(grids, draw(st.integers(0, 99)), extra=draw(st.integers(0, 3)))
+
+
+def build_tokens(grids: Any, seed: int, extra: int = 0) -> Tokens:
+    lengths = torch.tensor([t * h * w for t, h, w in grids])
+    width = int(lengths.max()) + extra
+    valid = torch.arange(width) < lengths[:, None]
+    features, rows = torch.zeros(len(grids), width, 8), torch.zeros(len(grids), 3, width)
+    for g, n in enumerate(lengths.tolist()):
+        draw = torch.Generator().manual_seed(seed + g)
+        features[g, :n] = torch.randn(n, 8, generator=draw)
+        rows[g, :, :n] = torch.rand(3, n, generator=draw)
+    return Tokens(
+        features=features,
+        valid=valid,
+        grid=tuple(grids),
+        parent=torch.tensor([[g, g] for g in range(len(grids))]),
+        signals={"cls_row": rows, "image_key": torch.arange(len(grids)) + seed},
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+@settings(deadline=None, max_examples=25)
+@given(tokens=tokens_with_padding())
+def test_kept_are_ascending_unique_valid_and_counted(name: str, tokens: Tokens) -> None:
+    method = vtc.method(name)
+    for keep in keeps_of(name):
+        budget = method.check_keep(keep)
+        selection = method.select(tokens, budget)
+        assert selection.lengths == tokens.lengths
+        assert selection.grid == tokens.grid
+        for g, n in enumerate(tokens.lengths):
+            kept = selection.keep[g, selection.valid[g]].tolist()
+            assert kept == sorted(set(kept))
+            assert all(0 <= i < n for i in kept)
+            slots = int(selection.slots[g])
+            if method.count == "exact":
+                assert slots == budget.count(n)
+            elif method.count == "at_most":
+                assert 1 <= slots <= budget.count(n)
+            positions = selection.slot_positions[g]
+            assert all(0 <= p < n for p in positions[positions >= 0].tolist())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_group_decides_as_it_would_alone(name: str, keep: Any) -> None:
+    if keep not in keeps_of(name):
+        keep = None
+    method, budget = vtc.method(name), vtc.method(name).check_keep(keep)
+    grids = [(1, 4, 5), (1, 2, 3), (1, 6, 6)]
+    together = method.select(build_tokens(grids, 5), budget)
+    for g, grid in enumerate(grids):
+        alone = method.select(build_tokens([grid], 5 + g, extra=2), budget)
+        assert together.keep[g, together.valid[g]].tolist() == alone.keep[0, alone.valid[0]].tolist()
+        x = torch.randn(3, 36, 2)
+        n = grid[1] * grid[2]
+        mine, theirs = together.apply(x)[g], alone.apply(x[g : g + 1, : n + 2])[0]
+        assert torch.equal(mine[: alone.slots[0]], theirs[: alone.slots[0]])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("filler", [0.0, 1e9, float("nan")])
+def test_padding_changes_nothing(name: str, filler: float) -> None:
+    method, budget = vtc.method(name), vtc.method(name).check_keep(keeps_of(name)[0])
+    tokens = build_tokens([(1, 4, 5), (1, 2, 3)], 5, extra=2)
+    rows = tokens.signals["cls_row"].masked_fill(~tokens.valid[:, None], filler)
+    poisoned = dataclasses.replace(
+        tokens,
+        features=tokens.features.masked_fill(~tokens.valid[..., None], filler),
+        signals={**tokens.signals, "cls_row": rows},
+    )
+    a, b = method.select(tokens, budget), method.select(poisoned, budget)
+    assert torch.equal(a.keep, b.keep)
+    assert torch.equal(a.slot_positions, b.slot_positions)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_same_seed_same_result(name: str) -> None:
+    method, budget = vtc.method(name), vtc.method(name).check_keep(keeps_of(name)[0])
+    tokens = build_tokens([(1, 6, 6), (1, 3, 5)], 1)
+    torch.manual_seed(0)
+    first = method.select(tokens, budget).slot_positions
+    torch.manual_seed(1)  # the global generator is nobody's seed
+    assert torch.equal(first, method.select(tokens, budget).slot_positions)
+
+
+def test_random_depends_on_seed_and_picture() -> None:
+    tokens = build_tokens([(1, 6, 6), (1, 6, 6)], 1)
+    method, budget = vtc.method("random"), Budget.of(9)
+    keep = method.select(tokens, budget).keep
+    assert not torch.equal(keep[0], keep[1])
+    assert not torch.equal(keep, method.select(dataclasses.replace(tokens, seed=1), budget).keep)
+
+
+def test_random_is_uniform() -> None:
+    tokens = build_tokens([(1, 1, 10)] * 2000, 0)
+    kept = vtc.method("random").select(tokens, Budget.of(3)).mask().float().mean(0)
+    # 2000 draws of 0.3: four standard deviations
+    assert (kept - 0.3).abs().max() < 4 * (0.3 * 0.7 / 2000) ** 0.5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_public_facts_are_declared(name: str) -> None:
+    method = vtc.method(name)
+    assert method.name == name
+    assert method.summary and "\n" not in method.summary
+    assert method.site in ("pixels", "llm_input")
+    assert method.count in ("exact", "at_most", "adaptive")
+    assert method.exactness in ("mask", "layer_mask", "restatement")
+    assert method.published_positions in ("keep", "renumber", "median")
+    assert type(method).__doc__
+    assert eval(repr(method), {type(method).__name__: type(method)}) == method
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("positions", ["keep", "renumber", "median", "published"])
+def test_every_position_policy_runs_and_batch_rows_equal_rows_alone(
+    llava: Any, make_inputs: Any, name: str, positions: str
+) -> None:
+    rows = [[4, None, 5], [2, None, None, 9], [7]]
+    batch = make_inputs(rows)
+    pixels, start = batch["pixel_values"], 0
+    with vtc.patch(llava, name, keeps_of(name)[0], positions=positions) as handle:
+        together = llava.generate(**batch, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[:, -5:]
+        if any(None in row for row in rows):
+            assert len(handle.selections) == 1
+        for b, row in enumerate(rows):
+            width, images = int(batch["attention_mask"][b].sum()), row.count(None)
+            alone = {"input_ids": batch["input_ids"][b : b + 1, -width:], "attention_mask": torch.ones(1, width).long()}
+            if images:
+                alone["pixel_values"] = pixels[start : start + images]
+                start += images
+            got = llava.generate(**alone, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[0, -5:]
+            assert torch.equal(got, together[b])
+
+
+@pytest.mark.parametrize("name", ["vtc_cls", "random", "uniform"])
+def test_scorer_and_selector_can_be_swapped(llava: Any, make_inputs: Any, name: str) -> None:
+    with vtc.patch(llava, name, 9, scorer="random", selector="top_k") as handle:
+        llava.generate(**make_inputs([[4, None, 5]]), max_new_tokens=1, do_sample=False)
+        got = handle.selections[0].keep
+    with vtc.patch(llava, "random", 9) as handle:
+        llava.generate(**make_inputs([[4, None, 5]]), max_new_tokens=1, do_sample=False)
+        assert torch.equal(got, handle.selections[0].keep)

@@ -1,0 +1,73 @@
+"""The reference operations against their plainest statement, on ugly shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vtc import ops
+
+
+@pytest.mark.parametrize("n", [1, 63, 217, 577])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_rows_are_rows_of_full_attention(n: int, rows: int) -> None:
+    g = torch.Generator().manual_seed(n)
+    q, k = torch.randn(2, 3, n, 32, generator=g), torch.randn(2, 3, n, 32, generator=g)
+    rows = min(rows, n)
+    full = (q @ k.transpose(-1, -2) * 0.2).softmax(-1).mean(1)[:, :rows]
+    torch.testing.assert_close(ops.attention_rows(q[:, :, :rows], k, 0.2), full, atol=1e-6, rtol=1e-5)
+
+
+def test_attention_rows_over_valid_keys_equal_those_without_the_rest() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 2, 1, 32, generator=g), torch.randn(1, 2, 9, 32, generator=g)
+    valid = torch.tensor([[True, False, True, True, False, True, True, True, False]])
+    got = ops.attention_rows(q, k, 0.3, valid)
+    assert (got[~valid[:, None]] == 0).all()
+    torch.testing.assert_close(got[valid[:, None]], ops.attention_rows(q, k[:, :, valid[0]], 0.3).flatten())
+
+
+def test_attention_rows_in_low_precision_are_as_good_as_plain_torch() -> None:
+    g = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 4, 1, 64, generator=g), torch.randn(2, 4, 217, 64, generator=g)
+    low_q, low_k = q.bfloat16(), k.bfloat16()
+    truth = (low_q.float() @ low_k.float().mT / 8).softmax(-1).mean(1)
+    plain = (low_q @ low_k.mT / 8).softmax(-1).mean(1).float()
+    assert (ops.attention_rows(low_q, low_k, 1 / 8) - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+@given(st.data())
+def test_topk_keeps_the_highest_ascending_ties_to_the_lowest(data: st.DataObject) -> None:
+    groups, n = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 24))
+    # few distinct values, so that ties are common, and -inf among them
+    values = st.sampled_from([-float("inf"), -1.0, 0.0, 0.5, 2.0])
+    scores = torch.tensor([data.draw(st.lists(values, min_size=n, max_size=n)) for _ in range(groups)])
+    valid = torch.tensor([data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in range(groups)])
+    counts = torch.tensor([data.draw(st.integers(0, int(v.sum()))) for v in valid])
+    keep, keep_valid = ops.group_topk(scores, valid, counts)
+    for g in range(groups):
+        ranked = sorted((i for i in range(n) if valid[g, i]), key=lambda i: (-scores[g, i].item(), i))
+        assert keep[g, keep_valid[g]].tolist() == sorted(ranked[: counts[g]])
+        assert keep_valid[g].sum() == counts[g]
+
+
+def test_what_stands_in_invalid_slots_does_not_matter() -> None:
+    valid = torch.tensor([[True, False, True, False, True]])
+    for filler in (0.0, float("inf"), float("nan")):
+        scores = torch.tensor([[1.0, filler, 3.0, filler, 2.0]])
+        keep, _ = ops.group_topk(scores, valid, torch.tensor([2]))
+        assert keep.tolist() == [[2, 4]]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
+def test_compact_gathers_rows_and_zeroes_the_rest(shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, 7, *shape)
+    x[:, 3] = float("nan")  # never gathered, so it must not leak
+    index = torch.tensor([[0, 6, 2], [5, 3, 3]])
+    valid = torch.tensor([[True, True, True], [True, False, False]])
+    got = ops.compact(x, index, valid)
+    assert torch.equal(got[0], x[0, [0, 6, 2]])
+    assert torch.equal(got[1, 0], x[1, 5])
+    assert (got[1, 1:] == 0).all()
