@@ -1,1 +1,1 @@
-"""Descriptions of model families, installed as `vtc.adapters`. A docstring only, see `vtc.kernels`."""
+"""Descriptions of model families, installed as `vtc.adapters`. Only a docstring, see kernels/."""

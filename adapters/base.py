@@ -40,7 +40,8 @@ class Adapter(ABC):
 
     Attributes:
         supported: the class and its models, for error messages.
-        visual_inputs: keyword inputs that belong to pixels; a prompt of embeddings goes without them.
+        visual_inputs: keyword inputs that belong to pixels; a prompt of embeddings goes without
+            them.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -92,5 +93,7 @@ class Adapter(ABC):
         """The pixel tensor of each image, in order."""
 
     @abstractmethod
-    def encode_resized(self, inputs: Mapping[str, Any], sizes: list[tuple[int, int]]) -> list[Tensor]:
+    def encode_resized(
+        self, inputs: Mapping[str, Any], sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
         """Projected tokens `[h·w, D]` of each image resized to an h×w grid of LLM tokens."""

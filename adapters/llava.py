@@ -28,13 +28,15 @@ class LlavaAdapter(Adapter):
         tower = config.vision_config.model_type
         if tower not in _TOWERS_WITH_CLS:
             raise UnsupportedModelError(
-                f"this LLaVA has a vision tower of type {tower!r}; expected one of {sorted(_TOWERS_WITH_CLS)}"
+                f"this LLaVA has a vision tower of type {tower!r}; expected one of "
+                f"{sorted(_TOWERS_WITH_CLS)}"
             )
         wanted = "default" if _TOWERS_WITH_CLS[tower] else "full"
         got = config.vision_feature_select_strategy
         if got != wanted:
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy={got!r} with a {tower} tower gives tokens that are not its "
+                f"vision_feature_select_strategy={got!r} with a {tower} tower gives tokens that "
+                f"are not its "
                 f"patches; expected {wanted!r}: set model.config.vision_feature_select_strategy"
             )
 
@@ -49,7 +51,10 @@ class LlavaAdapter(Adapter):
         blocks = getattr(self.tower, "vision_model", self.tower).encoder.layers
         layers = config.vision_feature_layer
         # hidden_states has one entry more than there are blocks: the embeddings come first
-        entries = [i % (len(blocks) + 1) for i in (layers if isinstance(layers, list | tuple) else [layers])]
+        entries = [
+            i % (len(blocks) + 1)
+            for i in (layers if isinstance(layers, list | tuple) else [layers])
+        ]
         return Encoder(
             attentions=tuple(block.self_attn for block in blocks),
             tap=max(entries) - 1,
@@ -81,8 +86,11 @@ class LlavaAdapter(Adapter):
         """One `[3, H, W]` per image."""
         return list(inputs["pixel_values"])
 
-    def encode_resized(self, inputs: Mapping[str, Any], sizes: list[tuple[int, int]]) -> list[Tensor]:
-        """Antialiased bicubic resize of the normalized pixels, then the stock tower with interpolated positions."""
+    def encode_resized(
+        self, inputs: Mapping[str, Any], sizes: list[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Antialiased bicubic resize of the normalized pixels, then the stock tower with
+        interpolated positions."""
         found: list[Tensor] = [torch.empty(0)] * len(sizes)
         for h, w in dict.fromkeys(sizes):
             members = [i for i, size in enumerate(sizes) if size == (h, w)]

@@ -27,6 +27,7 @@ def adapter_of(model: object) -> Adapter:
             if model.config.model_type in adapter.model_types:
                 return adapter(model)
     raise UnsupportedModelError(
-        f"cannot patch a {type(model).__name__}; expected a stock transformers model of one of these classes: "
+        f"cannot patch a {type(model).__name__}; expected a stock transformers model of one of "
+        f"these classes: "
         f"{'; '.join(supported_models())}"
     )

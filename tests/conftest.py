@@ -44,7 +44,11 @@ def build_llava(*, blocks: int = 6, tower: str = "clip", seed: int = 0, **config
         bos_token_id=2,
         eos_token_id=EOS,
     )
-    given = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default", "image_token_id": IMAGE}
+    given = {
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_token_id": IMAGE,
+    }
     vision_config = CLIPVisionConfig(**vision) if tower == "clip" else SiglipVisionConfig(**vision)
     model = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision_config, text_config=text, **(given | config))
@@ -65,7 +69,10 @@ def build_inputs(rows: Sequence[Sequence[int | None]], seed: int = 0) -> dict[st
     ids = []
     for row in rows:
         parts = [
-            torch.full((N,), IMAGE) if n is None else torch.randint(3, 80, (n,), generator=generator) for n in row
+            torch.full((N,), IMAGE)
+            if n is None
+            else torch.randint(3, 80, (n,), generator=generator)
+            for n in row
         ]
         ids.append(torch.cat(parts))
     width = max(map(len, ids))
@@ -82,7 +89,8 @@ def build_inputs(rows: Sequence[Sequence[int | None]], seed: int = 0) -> dict[st
 
 
 def masked(inputs: dict[str, torch.Tensor], selection: Any) -> dict[str, torch.Tensor]:
-    """The oracle's inputs: dropped tokens get `attention_mask = 0`, positions are the original ones."""
+    """The oracle's inputs: dropped tokens get `attention_mask = 0`, positions are the original
+    ones."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"].clone()
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     places = (ids == IMAGE).nonzero().split(list(selection.lengths))
@@ -98,14 +106,20 @@ def build_processor() -> Any:
     from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(100)} | {"<pad>": PAD, "<eos>": EOS, "<image>": IMAGE}
-    tokenizer = Tokenizer(models.WordLevel({w: i for w, i in words.items() if w not in ("w0", "w1", "w90")}, "w3"))
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for w, i in words.items() if w not in ("w0", "w1", "w90")}, "w3")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
     fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
     size = {"height": GRID * 4, "width": GRID * 4}
-    template = "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
     return LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": GRID * 4}, crop_size=size),
         fast,

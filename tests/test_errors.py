@@ -12,28 +12,102 @@ import vtc
 from vtc import errors
 
 BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "unknown method": ({"method": "flowcat", "keep": 0.5}, errors.OptionError, "'flowcat' is unknown; expected one of"),
-    "method of a wrong type": ({"method": 3, "keep": 0.5}, errors.OptionError, "3 is unknown; expected one of"),
-    "keep 0": ({"method": "vtc_cls", "keep": 0}, errors.OptionError, "keep=0 tokens is out of range, expected at least 1"),
-    "keep 1.5": ({"method": "vtc_cls", "keep": 1.5}, errors.OptionError, "keep=1.5 is out of range"),
-    "keep -3": ({"method": "vtc_cls", "keep": -3}, errors.OptionError, "keep=-3 tokens is out of range"),
-    "keep half": ({"method": "vtc_cls", "keep": "half"}, errors.OptionError, "keep='half' is a str, expected a number"),
-    "keep True": ({"method": "vtc_cls", "keep": True}, errors.OptionError, "keep=True is a bool"),
-    "keep missing": ({"method": "vtc_cls"}, errors.OptionError, "got keep=None, expected how much is kept"),
-    "keep for the full model": ({"method": "none", "keep": 0.5}, errors.OptionError, "keeps everything and got keep=0.5"),
-    "unknown option": ({"method": "vtc_cls", "keep": 0.5, "strat": 3}, errors.OptionError, "has no option 'strat'; it has"),
-    "option of a wrong type": ({"method": "vtc_cls", "keep": 0.5, "start": "16"}, errors.OptionError, "expected int, got str"),
-    "option out of its choices": ({"method": "vtc_cls", "keep": 0.5, "ensemble": "mean"}, errors.OptionError, "expected one of"),
-    "unknown scorer": ({"method": "vtc_cls", "keep": 0.5, "scorer": "best"}, errors.OptionError, "scorer 'best' is unknown"),
-    "options beside an object": (
-        {"method": vtc.method("vtc_cls"), "keep": 0.5, "start": 3}, errors.OptionError, "beside a method object"
+    "unknown method": (
+        {"method": "flowcat", "keep": 0.5},
+        errors.OptionError,
+        "'flowcat' is unknown; expected one of",
     ),
-    "unknown positions": ({"method": "vtc_cls", "keep": 0.5, "positions": "orig"}, errors.OptionError, "positions='orig' is unknown"),
-    "fast path": ({"method": "vtc_cls", "keep": 0.5, "fast": True}, errors.OptionError, "no fast path"),
-    "unknown kernels": ({"method": "vtc_cls", "keep": 0.5, "kernels": "cuda"}, errors.OptionError, "kernels='cuda' is unknown"),
-    "no Triton kernel": ({"method": "vtc_cls", "keep": 0.5, "kernels": "triton"}, errors.OptionError, "no Triton kernel"),
-    "seed of a wrong type": ({"method": "random", "keep": 0.5, "seed": "0"}, errors.OptionError, "seed='0' is a str"),
-    "start behind the tap": ({"method": "vtc_cls", "keep": 0.5, "start": 23}, errors.SignalError, "leaves no block"),
+    "method of a wrong type": (
+        {"method": 3, "keep": 0.5},
+        errors.OptionError,
+        "3 is unknown; expected one of",
+    ),
+    "keep 0": (
+        {"method": "vtc_cls", "keep": 0},
+        errors.OptionError,
+        "keep=0 tokens is out of range, expected at least 1",
+    ),
+    "keep 1.5": (
+        {"method": "vtc_cls", "keep": 1.5},
+        errors.OptionError,
+        "keep=1.5 is out of range",
+    ),
+    "keep -3": (
+        {"method": "vtc_cls", "keep": -3},
+        errors.OptionError,
+        "keep=-3 tokens is out of range",
+    ),
+    "keep half": (
+        {"method": "vtc_cls", "keep": "half"},
+        errors.OptionError,
+        "keep='half' is a str, expected a number",
+    ),
+    "keep True": ({"method": "vtc_cls", "keep": True}, errors.OptionError, "keep=True is a bool"),
+    "keep missing": (
+        {"method": "vtc_cls"},
+        errors.OptionError,
+        "got keep=None, expected how much is kept",
+    ),
+    "keep for the full model": (
+        {"method": "none", "keep": 0.5},
+        errors.OptionError,
+        "keeps everything and got keep=0.5",
+    ),
+    "unknown option": (
+        {"method": "vtc_cls", "keep": 0.5, "strat": 3},
+        errors.OptionError,
+        "has no option 'strat'; it has",
+    ),
+    "option of a wrong type": (
+        {"method": "vtc_cls", "keep": 0.5, "start": "16"},
+        errors.OptionError,
+        "expected int, got str",
+    ),
+    "option out of its choices": (
+        {"method": "vtc_cls", "keep": 0.5, "ensemble": "mean"},
+        errors.OptionError,
+        "expected one of",
+    ),
+    "unknown scorer": (
+        {"method": "vtc_cls", "keep": 0.5, "scorer": "best"},
+        errors.OptionError,
+        "scorer 'best' is unknown",
+    ),
+    "options beside an object": (
+        {"method": vtc.method("vtc_cls"), "keep": 0.5, "start": 3},
+        errors.OptionError,
+        "beside a method object",
+    ),
+    "unknown positions": (
+        {"method": "vtc_cls", "keep": 0.5, "positions": "orig"},
+        errors.OptionError,
+        "positions='orig' is unknown",
+    ),
+    "fast path": (
+        {"method": "vtc_cls", "keep": 0.5, "fast": True},
+        errors.OptionError,
+        "no fast path",
+    ),
+    "unknown kernels": (
+        {"method": "vtc_cls", "keep": 0.5, "kernels": "cuda"},
+        errors.OptionError,
+        "kernels='cuda' is unknown",
+    ),
+    "no Triton kernel": (
+        {"method": "vtc_cls", "keep": 0.5, "kernels": "triton"},
+        errors.OptionError,
+        "no Triton kernel",
+    ),
+    "seed of a wrong type": (
+        {"method": "random", "keep": 0.5, "seed": "0"},
+        errors.OptionError,
+        "seed='0' is a str",
+    ),
+    "start behind the tap": (
+        {"method": "vtc_cls", "keep": 0.5, "start": 23},
+        errors.SignalError,
+        "leaves no block",
+    ),
 }
 
 
@@ -61,7 +135,9 @@ def test_messages_differ(llava: Any) -> None:
 
 def test_patching_twice(llava: Any) -> None:
     with vtc.patch(llava, "vtc_cls", 0.5) as handle:
-        with pytest.raises(errors.PatchError, match=r"patched already with VtcCls.*call vtc.unpatch") as error:
+        with pytest.raises(
+            errors.PatchError, match=r"patched already with VtcCls.*call vtc.unpatch"
+        ) as error:
             vtc.patch(llava, "random", 0.5)
         one_line(error)
         assert llava.generate.vtc_handle is handle
@@ -69,7 +145,9 @@ def test_patching_twice(llava: Any) -> None:
 
 @pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), "llava-hf/llava-1.5-7b-hf", None])
 def test_unsupported_class(thing: Any) -> None:
-    with pytest.raises(errors.UnsupportedModelError, match="expected a stock .*LlavaForConditionalGeneration") as error:
+    with pytest.raises(
+        errors.UnsupportedModelError, match=r"expected a stock .*LlavaForConditionalGeneration"
+    ) as error:
         vtc.patch(thing, "vtc_cls", 0.5)
     one_line(error)
     with pytest.raises(errors.PatchError, match="is not patched"):
@@ -82,13 +160,17 @@ def test_base_model_without_a_head_is_unsupported(llava: Any) -> None:
 
 
 def test_unpatching_an_unpatched_model(llava: Any) -> None:
-    with pytest.raises(errors.PatchError, match="is not patched; expected one that vtc.patch was called on") as error:
+    with pytest.raises(
+        errors.PatchError, match=r"is not patched; expected one that vtc.patch was called on"
+    ) as error:
         vtc.unpatch(llava)
     one_line(error)
 
 
 def test_feature_strategy_that_is_no_grid(make_llava: Any) -> None:
-    with pytest.raises(errors.UnsupportedModelError, match="'full' with a clip_vision_model tower") as error:
+    with pytest.raises(
+        errors.UnsupportedModelError, match="'full' with a clip_vision_model tower"
+    ) as error:
         vtc.patch(make_llava(vision_feature_select_strategy="full"), "vtc_cls", 0.5)
     one_line(error)
 
@@ -117,10 +199,19 @@ def four_dimensional_mask(inputs: dict[str, torch.Tensor]) -> None:
 
 
 BAD_INPUTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
-    "fewer images than placeholders": (drop_image, "input_ids hold 72 image placeholders, expected 36 for 1 images"),
-    "a placeholder missing": (drop_placeholder, "input_ids hold 71 image placeholders, expected 72 for 2 images"),
+    "fewer images than placeholders": (
+        drop_image,
+        "input_ids hold 72 image placeholders, expected 36 for 1 images",
+    ),
+    "a placeholder missing": (
+        drop_placeholder,
+        "input_ids hold 71 image placeholders, expected 72 for 2 images",
+    ),
     "an image over two rows": (swap_sizes, "spread over two rows, expected each image in one row"),
-    "pixels without images": (flatten_pixels, r"pixel_values is (3, 24, 24), expected a tensor [images, 3"),
+    "pixels without images": (
+        flatten_pixels,
+        r"pixel_values is (3, 24, 24), expected a tensor [images, 3",
+    ),
     "a prepared mask": (four_dimensional_mask, "expected"),
 }
 
@@ -144,7 +235,9 @@ def test_bad_inputs(llava: Any, make_inputs: Any, case: str, call: str) -> None:
         ({"max_length": 10}, "max_length=10 leaves no room behind a prompt of 45 tokens"),
     ],
 )
-def test_modes_that_would_be_wrong_are_refused(llava: Any, make_inputs: Any, options: dict[str, Any], said: str) -> None:
+def test_modes_that_would_be_wrong_are_refused(
+    llava: Any, make_inputs: Any, options: dict[str, Any], said: str
+) -> None:
     inputs = make_inputs([[4, None, 5]])
     with vtc.patch(llava, "vtc_cls", 0.5), pytest.raises(vtc.VtcError) as error:
         llava.generate(**inputs, **options)
@@ -152,7 +245,10 @@ def test_modes_that_would_be_wrong_are_refused(llava: Any, make_inputs: Any, opt
 
 
 def test_continuous_batching_is_refused(llava: Any) -> None:
-    with vtc.patch(llava, "vtc_cls", 0.5), pytest.raises(errors.UnsupportedModeError, match="vtc.unpatch"):
+    with (
+        vtc.patch(llava, "vtc_cls", 0.5),
+        pytest.raises(errors.UnsupportedModeError, match=r"vtc.unpatch"),
+    ):
         llava.generate_batch([[1, 2]])
 
 
@@ -161,7 +257,9 @@ def test_a_cache_of_a_compressed_prompt_is_refused(llava: Any, make_inputs: Any)
     with vtc.patch(llava, "vtc_cls", 0.5):
         out = llava.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
         ids = torch.cat([out.sequences, torch.tensor([[7, 8]])], 1)
-        with pytest.raises(errors.UnsupportedModeError, match="cache that holds a compressed prompt"):
+        with pytest.raises(
+            errors.UnsupportedModeError, match="cache that holds a compressed prompt"
+        ):
             llava.generate(input_ids=ids, past_key_values=out.past_key_values, max_new_tokens=2)
 
 

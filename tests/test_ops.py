@@ -17,7 +17,9 @@ def test_attention_rows_are_rows_of_full_attention(n: int, rows: int) -> None:
     q, k = torch.randn(2, 3, n, 32, generator=g), torch.randn(2, 3, n, 32, generator=g)
     rows = min(rows, n)
     full = (q @ k.transpose(-1, -2) * 0.2).softmax(-1).mean(1)[:, :rows]
-    torch.testing.assert_close(ops.attention_rows(q[:, :, :rows], k, 0.2), full, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        ops.attention_rows(q[:, :, :rows], k, 0.2), full, atol=1e-6, rtol=1e-5
+    )
 
 
 def test_attention_rows_over_valid_keys_equal_those_without_the_rest() -> None:
@@ -26,7 +28,9 @@ def test_attention_rows_over_valid_keys_equal_those_without_the_rest() -> None:
     valid = torch.tensor([[True, False, True, True, False, True, True, True, False]])
     got = ops.attention_rows(q, k, 0.3, valid)
     assert (got[~valid[:, None]] == 0).all()
-    torch.testing.assert_close(got[valid[:, None]], ops.attention_rows(q, k[:, :, valid[0]], 0.3).flatten())
+    torch.testing.assert_close(
+        got[valid[:, None]], ops.attention_rows(q, k[:, :, valid[0]], 0.3).flatten()
+    )
 
 
 def test_attention_rows_in_low_precision_are_as_good_as_plain_torch() -> None:
@@ -35,7 +39,9 @@ def test_attention_rows_in_low_precision_are_as_good_as_plain_torch() -> None:
     low_q, low_k = q.bfloat16(), k.bfloat16()
     truth = (low_q.float() @ low_k.float().mT / 8).softmax(-1).mean(1)
     plain = (low_q @ low_k.mT / 8).softmax(-1).mean(1).float()
-    assert (ops.attention_rows(low_q, low_k, 1 / 8) - truth).abs().max() <= 2 * (plain - truth).abs().max()
+    assert (ops.attention_rows(low_q, low_k, 1 / 8) - truth).abs().max() <= 2 * (
+        plain - truth
+    ).abs().max()
 
 
 @given(st.data())
@@ -43,12 +49,18 @@ def test_topk_keeps_the_highest_ascending_ties_to_the_lowest(data: st.DataObject
     groups, n = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 24))
     # few distinct values, so that ties are common, and -inf among them
     values = st.sampled_from([-float("inf"), -1.0, 0.0, 0.5, 2.0])
-    scores = torch.tensor([data.draw(st.lists(values, min_size=n, max_size=n)) for _ in range(groups)])
-    valid = torch.tensor([data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in range(groups)])
+    scores = torch.tensor(
+        [data.draw(st.lists(values, min_size=n, max_size=n)) for _ in range(groups)]
+    )
+    valid = torch.tensor(
+        [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in range(groups)]
+    )
     counts = torch.tensor([data.draw(st.integers(0, int(v.sum()))) for v in valid])
     keep, keep_valid = ops.group_topk(scores, valid, counts)
     for g in range(groups):
-        ranked = sorted((i for i in range(n) if valid[g, i]), key=lambda i: (-scores[g, i].item(), i))
+        ranked = sorted(
+            (i for i in range(n) if valid[g, i]), key=lambda i: (-scores[g, i].item(), i)
+        )
         assert keep[g, keep_valid[g]].tolist() == sorted(ranked[: counts[g]])
         assert keep_valid[g].sum() == counts[g]
 

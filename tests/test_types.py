@@ -16,7 +16,16 @@ from vtc.types import Budget, Selection, Tokens, scale_layer
 
 @pytest.mark.parametrize(
     "keep, n, want",
-    [(0.5, 5, 3), (0.1, 4, 1), (0.111, 576, 64), (1.0, 7, 7), (64, 36, 36), (1, 36, 1), (0.0001, 9, 1), (0.25, 10, 3)],
+    [
+        (0.5, 5, 3),
+        (0.1, 4, 1),
+        (0.111, 576, 64),
+        (1.0, 7, 7),
+        (64, 36, 36),
+        (1, 36, 1),
+        (0.0001, 9, 1),
+        (0.25, 10, 3),
+    ],
 )
 def test_counts(keep: float, n: int, want: int) -> None:
     assert Budget.of(keep).count(n) == want
@@ -40,26 +49,37 @@ def test_images_have_budgets_of_their_own() -> None:
     assert Budget.of(5).counts(valid).tolist() == [5, 4, 5]
 
 
-@pytest.mark.parametrize("keep", [0, -3, 1.5, 0.0, float("nan"), float("inf"), "half", True, [1], 1j])
+@pytest.mark.parametrize(
+    "keep", [0, -3, 1.5, 0.0, float("nan"), float("inf"), "half", True, [1], 1j]
+)
 def test_bad_keep(keep: object) -> None:
     with pytest.raises(OptionError, match=r"expected .*pass a float in \(0, 1\]"):
         Budget.of(keep)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("layer, published, depth, want", [(16, 24, 24, 16), (16, 24, 6, 4), (1, 32, 4, 1), (0, 32, 4, 0)])
+@pytest.mark.parametrize(
+    "layer, published, depth, want",
+    [(16, 24, 24, 16), (16, 24, 6, 4), (1, 32, 4, 1), (0, 32, 4, 0)],
+)
 def test_scale_layer(layer: int, published: int, depth: int, want: int) -> None:
     assert scale_layer(layer, published, depth) == want
 
 
 def test_a_missing_signal_names_those_that_exist() -> None:
-    tokens = Tokens(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), ((1, 1, 2),), torch.zeros(1, 2).long(),
-                    signals={"image_key": torch.zeros(1)})
-    with pytest.raises(SignalError, match="'cls_row' was not captured; there is .'image_key'."):
+    tokens = Tokens(
+        torch.zeros(1, 2, 3),
+        torch.ones(1, 2, dtype=torch.bool),
+        ((1, 1, 2),),
+        torch.zeros(1, 2).long(),
+        signals={"image_key": torch.zeros(1)},
+    )
+    with pytest.raises(SignalError, match=r"'cls_row' was not captured; there is .'image_key'."):
         tokens.signal("cls_row")
 
 
 def merging_selection() -> Selection:
-    """Two groups of 5 and 3 tokens; the first keeps 2 (one merged with token 3) and appends a mean."""
+    """Two groups of 5 and 3 tokens; the first keeps 2 (one merged with token 3) and appends a
+    mean."""
     return Selection(
         keep=torch.tensor([[0, 2], [1, 0]]),
         valid=torch.tensor([[True, True], [True, False]]),
@@ -101,7 +121,14 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "h, w, budget, want",
-    [(24, 24, 64, (8, 8)), (24, 24, 63, (7, 7)), (14, 14, 22, (4, 4)), (2, 3, 2, (1, 2)), (24, 36, 96, (8, 12)), (5, 1, 1, (1, 1))],
+    [
+        (24, 24, 64, (8, 8)),
+        (24, 24, 63, (7, 7)),
+        (14, 14, 22, (4, 4)),
+        (2, 3, 2, (1, 2)),
+        (24, 36, 96, (8, 12)),
+        (5, 1, 1, (1, 1)),
+    ],
 )
 def test_largest_grid(h: int, w: int, budget: int, want: tuple[int, int]) -> None:
     assert largest_grid(h, w, budget) == want
@@ -121,7 +148,9 @@ def test_pooling_is_adaptive_average_pooling(h: int, w: int, data: st.DataObject
     size = data.draw(st.integers(1, h)), data.draw(st.integers(1, w))
     slot, token, weight, center = pooled_cells(h, w, size)
     x = torch.rand(h * w, dtype=torch.float64)
-    got = torch.zeros(size[0] * size[1], dtype=torch.float64).index_add_(0, slot, x[token] * weight.double())
+    got = torch.zeros(size[0] * size[1], dtype=torch.float64).index_add_(
+        0, slot, x[token] * weight.double()
+    )
     want = torch.nn.functional.adaptive_avg_pool2d(x.view(1, h, w), size).flatten()
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     members = [set(token[slot == s].tolist()) for s in range(len(want))]

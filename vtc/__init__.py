@@ -1,4 +1,4 @@
-"""Compress the visual tokens of stock multimodal LLMs: `vtc.patch(model, method="vtc_cls", keep=64)`."""
+"""Compress the visual tokens of stock multimodal LLMs: `vtc.patch(model, "vtc_cls", keep=64)`."""
 
 from vtc import errors
 from vtc.errors import VtcError

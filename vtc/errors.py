@@ -1,4 +1,4 @@
-"""Every exception `vtc` raises on purpose. Each message says what was got, what was expected and the fix."""
+"""Every exception `vtc` raises on purpose: what was got, what was expected, and the fix."""
 
 
 class VtcError(Exception):
@@ -10,7 +10,8 @@ class OptionError(VtcError, ValueError):
 
 
 class UnsupportedModelError(VtcError, TypeError):
-    """The model's class, its vision tower or its feature layer is not one that an adapter describes."""
+    """The model's class, its vision tower or its feature layer is not one that an adapter
+    describes."""
 
 
 class SignalError(VtcError):
@@ -22,7 +23,8 @@ class PatchError(VtcError, RuntimeError):
 
 
 class InputError(VtcError, ValueError):
-    """The inputs of one call contradict each other, such as images and placeholders that do not match."""
+    """The inputs of one call contradict each other, such as images and placeholders that do not
+    match."""
 
 
 class UnsupportedModeError(VtcError, NotImplementedError):

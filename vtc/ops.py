@@ -1,7 +1,7 @@
 """The tensor operations behind scorers, selectors and the runtime: a plain-torch reference each.
 
-The reference is the specification and the CPU path. A Triton kernel that equals it may take its place
-on a GPU; which one ran is said in `report()`.
+The reference is the specification and the CPU path. A Triton kernel that equals it may take its
+place on a GPU; which one ran is said in `report()`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, valid: Tensor | None = No
 
 
 def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The `counts[g]` highest scores of each group, as ascending indices; ties go to the lowest index.
+    """The `counts[g]` highest scores of each group, as ascending indices; ties go to the lowest
+    index.
 
     Args:
         scores: `[G, N]`.
@@ -39,7 +40,7 @@ def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
         counts: `int64[G]` on the CPU, at most the valid tokens of the group.
 
     Returns:
-        `(keep, keep_valid)`: `int64[G, K]` with K = max(counts), 0 where not valid, and `bool[G, K]`.
+        `keep`, `int64[G, K]` with K = max(counts), 0 where not valid, and `bool[G, K]`.
     """
     width = int(counts.max()) if len(counts) else 0
     by_score = scores.float().argsort(dim=-1, descending=True, stable=True)
@@ -67,12 +68,14 @@ def compact(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 
 
 def choose_backend(kernels: str) -> str:
-    """Which implementation runs: `"torch"`; asking for Triton where there is no kernel is an error."""
+    """Which implementation runs: `"torch"`; asking for Triton where there is no kernel is an
+    error."""
     if kernels not in ("auto", "torch", "triton"):
         raise OptionError(f"kernels={kernels!r} is unknown; expected 'auto', 'torch' or 'triton'")
     if kernels == "triton":
         raise OptionError(
-            "kernels='triton' was asked for, but this version has no Triton kernel for the operations "
+            "kernels='triton' was asked for, but this version has no Triton kernel for the "
+            "operations "
             "used; pass kernels='auto'"
         )
     return "torch"

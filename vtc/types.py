@@ -1,4 +1,4 @@
-"""The data every method speaks: `Tokens` in, `Selection` out, a `Budget` between, `Signal`s asked for.
+"""The data every method speaks: `Tokens` in, `Selection` out, `Budget` and `Signal` between.
 
 Letters: G groups (what one decision is made over: an image, a crop, a frame), N tokens of a group
 (padded), K kept, S slots (kept + appended), D features, B batch rows, M text tokens, P merge pairs.
@@ -25,7 +25,7 @@ def round_half_up(x: float) -> int:
 
 
 def scale_layer(layer: int, published_depth: int, depth: int) -> int:
-    """A layer index published for `published_depth` layers, on a model of `depth` layers (>= 1; 0 stays 0)."""
+    """A layer index published for another depth, on a model of `depth` layers (>= 1; 0 stays 0)."""
     return max(1, round_half_up(layer * depth / published_depth)) if layer > 0 else 0
 
 
@@ -36,8 +36,9 @@ class Signal:
     Args:
         name: what, e.g. `"cls_row"` (attention of [CLS] to the patches) or `"image_key"` (a number
             made from the pixels of the group's image).
-        blocks: encoder blocks, 0-based, as published for an encoder of `depth` blocks; they are scaled
-            to the model at hand. Negative ones count from the end, like a Python slice, unscaled.
+        blocks: encoder blocks, 0-based, as published for an encoder of `depth` blocks; they are
+            scaled to the model at hand. Negative ones count from the end, like a Python slice,
+            unscaled.
         depth: the depth `blocks` were published for; None: they are meant as they are.
         ends_at_tap: the window runs to the feature tap (the last block whose output the LLM reads).
         label: key under which a method finds it in `Tokens.signals`; by default the name.
@@ -84,7 +85,8 @@ class Signal:
         if self.blocks and (not found or min(found) < 0 or max(found) >= depth):
             published = f" (published for {self.depth})" if self.depth else ""
             raise SignalError(
-                f"{self.name} of blocks {_span(self.blocks)}{published} leaves no block on this encoder: "
+                f"{self.name} of blocks {_span(self.blocks)}{published} leaves no block on this "
+                f"encoder: "
                 f"it has {depth} blocks and its features are read after block {tap}; "
                 f"choose a start of at most {tap}"
             )
@@ -100,7 +102,7 @@ class Tokens:
     """What one decision may look at: padded groups of visual tokens and the signals asked for.
 
     Attributes:
-        features: `[G, N, D]` projected tokens in the LLM's embedding space (D = 0 at the pixel site).
+        features: `[G, N, D]` tokens in the LLM's embedding space (D = 0 at the pixel site).
         valid: `bool[G, N]`, False on padding.
         grid: `(t, h, w)` of the tokens of each group, in LLM tokens.
         parent: `int64[G, 2]`: the image (counted over the call) and the batch row of each group.
@@ -136,12 +138,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is kept: a fraction in (0, 1] or a number of tokens per image (>= 1); None: the method decides."""
+    """How much is kept: a fraction in (0, 1] or tokens per image; None: the method decides."""
 
     keep: float | int | None
 
     @classmethod
-    def of(cls, keep: float | int | None | Budget) -> Budget:
+    def of(cls, keep: float | int | Budget | None) -> Budget:
         """Check `keep` and wrap it.
 
         Raises:
@@ -165,7 +167,9 @@ class Budget:
     def count(self, n: int) -> int:
         """Tokens kept of an image that has `n`: floor(keep·n + 0.5), at least 1, at most n."""
         if self.keep is None:
-            raise OptionError("keep=None has no count: this method needs a fraction or a number of tokens")
+            raise OptionError(
+                "keep=None has no count: this method needs a fraction or a number of tokens"
+            )
         wanted = self.keep if isinstance(self.keep, int) else round_half_up(self.keep * n)
         return max(min(1, n), min(wanted, n))
 
@@ -177,7 +181,8 @@ class Budget:
 
         Args:
             valid: `bool[G, N]`.
-            parent: `int64[G, 2]` or `int64[G]`, the image of each group first; None: one group, one image.
+            parent: `int64[G, 2]` or `int64[G]`, the image of each group first; None: one group,
+                one image.
 
         Returns:
             `int64[G]` on the CPU.
@@ -214,8 +219,8 @@ def _largest_remainder(sizes: list[int], count: object) -> list[int]:
 class Selection:
     """A decision as data: the same object prunes features and positions, and draws the overlay.
 
-    Slots are what reaches the LLM: the K kept tokens of a group, in original order, then appended ones
-    (merged or pooled). Indices always refer to the original LLM tokens of the group.
+    Slots are what reaches the LLM: the K kept tokens of a group, in original order, then appended
+    ones (merged or pooled). Indices always refer to the original LLM tokens of the group.
 
     Attributes:
         keep: `int64[G, K]`, ascending, 0 where not `valid`; −1 for a [CLS] sent to the LLM.
@@ -225,8 +230,8 @@ class Selection:
         grid: `(t, h, w)` of the original tokens of each group.
         scores: `float32[G, N]`, higher = keep, or None.
         positions: `int64[G, S]`: the original token whose position id a slot takes; −1: empty slot.
-        merge: None, or the sparse triple `(slot, token, weight)`, each `[G, P]`: slots named there are
-            weighted sums of tokens instead of copies; weight 0 is padding.
+        merge: None, or the sparse triple `(slot, token, weight)`, each `[G, P]`: slots named there
+            are weighted sums of tokens instead of copies; weight 0 is padding.
     """
 
     keep: Tensor
@@ -244,7 +249,9 @@ class Selection:
             object.__setattr__(self, "positions", positions)
 
     @classmethod
-    def everything(cls, lengths: Iterable[int], parent: Tensor, grid: Iterable[tuple[int, int, int]]) -> Selection:
+    def everything(
+        cls, lengths: Iterable[int], parent: Tensor, grid: Iterable[tuple[int, int, int]]
+    ) -> Selection:
         """The selection that keeps every token."""
         lengths = tuple(lengths)
         keep = torch.arange(max(lengths, default=0)).repeat(len(lengths), 1)
@@ -264,7 +271,10 @@ class Selection:
     @property
     def is_identity(self) -> bool:
         """Whether every token is kept and nothing is merged or appended."""
-        return self.merge is None and self.slots.tolist() == list(self.lengths) == self.valid.sum(-1).tolist()
+        return (
+            self.merge is None
+            and self.slots.tolist() == list(self.lengths) == self.valid.sum(-1).tolist()
+        )
 
     def mask(self) -> Tensor:
         """`bool[G, N]`: True where a token is kept (merged-away tokens are False)."""
@@ -278,7 +288,9 @@ class Selection:
         return self.mask() | self._scatter(token, weight != 0)
 
     def _scatter(self, index: Tensor, where: Tensor) -> Tensor:
-        mask = torch.zeros(len(self.lengths), max(self.lengths, default=0), dtype=torch.bool, device=index.device)
+        mask = torch.zeros(
+            len(self.lengths), max(self.lengths, default=0), dtype=torch.bool, device=index.device
+        )
         group = torch.arange(len(mask), device=index.device)[:, None].expand_as(index)
         mask[group[where], index[where]] = True
         return mask
@@ -306,7 +318,12 @@ class Selection:
         """Write to a safetensors file; `load` reads it back."""
         from safetensors.torch import save_file
 
-        named = {"keep": self.keep, "valid": self.valid, "parent": self.parent, "positions": self.slot_positions}
+        named = {
+            "keep": self.keep,
+            "valid": self.valid,
+            "parent": self.parent,
+            "positions": self.slot_positions,
+        }
         if self.scores is not None:
             named["scores"] = self.scores
         if self.merge is not None:

@@ -31,12 +31,16 @@ def test_golden(case: dict[str, Any]) -> None:
         parent=torch.zeros(1, 2, dtype=torch.int64),
         signals=signals,
     )
-    selection = vtc.method(case["method"], **case.get("options", {})).select(tokens, Budget.of(case["keep"]))
+    selection = vtc.method(case["method"], **case.get("options", {})).select(
+        tokens, Budget.of(case["keep"])
+    )
     assert selection.keep[0].tolist() == case["kept"]
     if "positions" in case:
         assert selection.slot_positions[0].tolist() == case["positions"]
     if "tokens" in case:
-        torch.testing.assert_close(selection.apply(tokens.features)[0], torch.tensor(case["tokens"]))
+        torch.testing.assert_close(
+            selection.apply(tokens.features)[0], torch.tensor(case["tokens"])
+        )
 
 
 def test_every_method_that_chooses_by_rule_has_goldens() -> None:

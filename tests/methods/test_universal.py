@@ -1,4 +1,5 @@
-"""What holds for every registered method: the registry is the list, so a new method is tested by being there."""
+"""What holds for every registered method: the registry is the list, so a new method is tested by
+being there."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ def keeps_of(name: str) -> list[Any]:
 @st.composite
 def tokens_with_padding(draw: st.DrawFn) -> Tokens:
     """Groups of h×w tokens, padded at the end, with every signal the runtime knows."""
-    grids = draw(st.lists(st.tuples(st.just(1), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4))
+    grids = draw(
+        st.lists(
+            st.tuples(st.just(1), st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4
+        )
+    )
     return build_tokens(grids, draw(st.integers(0, 99)), extra=draw(st.integers(0, 3)))
 
 
@@ -79,7 +84,9 @@ def test_a_group_decides_as_it_would_alone(name: str, keep: Any) -> None:
     together = method.select(build_tokens(grids, 5), budget)
     for g, grid in enumerate(grids):
         alone = method.select(build_tokens([grid], 5 + g, extra=2), budget)
-        assert together.keep[g, together.valid[g]].tolist() == alone.keep[0, alone.valid[0]].tolist()
+        assert (
+            together.keep[g, together.valid[g]].tolist() == alone.keep[0, alone.valid[0]].tolist()
+        )
         x = torch.randn(3, 36, 2)
         n = grid[1] * grid[2]
         mine, theirs = together.apply(x)[g], alone.apply(x[g : g + 1, : n + 2])[0]
@@ -149,16 +156,23 @@ def test_every_position_policy_runs_and_batch_rows_equal_rows_alone(
     batch = make_inputs(rows)
     pixels, start = batch["pixel_values"], 0
     with vtc.patch(llava, name, keeps_of(name)[0], positions=positions) as handle:
-        together = llava.generate(**batch, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[:, -5:]
+        together = llava.generate(**batch, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[
+            :, -5:
+        ]
         if any(None in row for row in rows):
             assert len(handle.selections) == 1
         for b, row in enumerate(rows):
             width, images = int(batch["attention_mask"][b].sum()), row.count(None)
-            alone = {"input_ids": batch["input_ids"][b : b + 1, -width:], "attention_mask": torch.ones(1, width).long()}
+            alone = {
+                "input_ids": batch["input_ids"][b : b + 1, -width:],
+                "attention_mask": torch.ones(1, width).long(),
+            }
             if images:
                 alone["pixel_values"] = pixels[start : start + images]
                 start += images
-            got = llava.generate(**alone, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[0, -5:]
+            got = llava.generate(**alone, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[
+                0, -5:
+            ]
             assert torch.equal(got, together[b])
 
 

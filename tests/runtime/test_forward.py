@@ -80,7 +80,9 @@ def test_own_decoding_loop_equals_generate(
         length = ids.shape[1]
         for t in range(6):
             if pass_positions:
-                step["position_ids"] = torch.arange(length)[None] if t == 0 else torch.tensor([[length + t - 1]])
+                step["position_ids"] = (
+                    torch.arange(length)[None] if t == 0 else torch.tensor([[length + t - 1]])
+                )
             out = llava(**step, past_key_values=cache, use_cache=True)
             logits = out.logits[:, -1].index_fill(1, torch.tensor([90]), -torch.inf)
             token, cache = logits.argmax(-1, keepdim=True), out.past_key_values
@@ -103,7 +105,9 @@ def test_gradients_reach_the_text_embeddings_as_in_the_oracle(
 
     with vtc.patch(llava, "vtc_cls", 0.3) as handle:
         got = gradient(inputs)
-    torch.testing.assert_close(got, gradient(oracle(inputs, handle.selections[0])), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        got, gradient(oracle(inputs, handle.selections[0])), atol=1e-6, rtol=1e-4
+    )
 
 
 @torch.no_grad()
@@ -117,13 +121,19 @@ def test_keeping_everything_is_bit_identical(llava: Any, make_inputs: Any) -> No
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["average_pool", "downsample"])
-def test_forward_and_generate_agree_on_restated_tokens(llava: Any, make_inputs: Any, method: str) -> None:
+def test_forward_and_generate_agree_on_restated_tokens(
+    llava: Any, make_inputs: Any, method: str
+) -> None:
     inputs = make_inputs([[4, None, 5], [2, None, None, 3]])
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     with vtc.patch(llava, method, 10):
         logits = llava(**inputs).logits[:, -1]
         out = llava.generate(
-            **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
+            **inputs,
+            max_new_tokens=1,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
         )
     torch.testing.assert_close(logits, out.logits[0], atol=1e-6, rtol=0)
 

@@ -41,7 +41,9 @@ def run(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Te
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_equals_mask_oracle(llava: Any, make_inputs: Any, oracle: Any, prompt: str, mode: str) -> None:
+def test_equals_mask_oracle(
+    llava: Any, make_inputs: Any, oracle: Any, prompt: str, mode: str
+) -> None:
     inputs = make_inputs(PROMPTS[prompt])
     whole = run(llava, inputs, **MODES[mode])
     differs = False
@@ -55,7 +57,9 @@ def test_equals_mask_oracle(llava: Any, make_inputs: Any, oracle: Any, prompt: s
 
 
 @pytest.mark.parametrize("length", [4, 12])
-def test_prompt_lookup_equals_mask_oracle(llava: Any, make_inputs: Any, oracle: Any, length: int) -> None:
+def test_prompt_lookup_equals_mask_oracle(
+    llava: Any, make_inputs: Any, oracle: Any, length: int
+) -> None:
     inputs = make_inputs([[length, None, 2, None, 5]])
     with vtc.patch(llava, "vtc_cls", 0.2) as handle:
         got = run(llava, inputs, do_sample=False, prompt_lookup_num_tokens=3)
@@ -67,7 +71,9 @@ def test_without_attention_mask(llava: Any, make_inputs: Any) -> None:
     inputs = make_inputs([[4, None, 5], [2, None, 1]])
     with vtc.patch(llava, "vtc_cls", 0.3):
         want = run(llava, inputs, do_sample=False)
-        got = run(llava, {k: v for k, v in inputs.items() if k != "attention_mask"}, do_sample=False)
+        got = run(
+            llava, {k: v for k, v in inputs.items() if k != "attention_mask"}, do_sample=False
+        )
     assert torch.equal(got, want)
 
 
@@ -96,7 +102,12 @@ def test_max_length_and_min_length_count_the_full_prompt(
 
     inputs = make_inputs([[4, None, 5]])
     length = inputs["input_ids"].shape[1]
-    limits = {"max_length": length + 6, "min_length": length + 3, "do_sample": False, "pad_token_id": 0}
+    limits = {
+        "max_length": length + 6,
+        "min_length": length + 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     given = limits if option == "keyword" else {"generation_config": GenerationConfig(**limits)}
     with vtc.patch(llava, "vtc_cls", 0.3) as handle:
         got = llava.generate(**inputs, **given)
@@ -110,7 +121,13 @@ def test_keeping_everything_is_bit_identical(llava: Any, make_inputs: Any, promp
     inputs = make_inputs(PROMPTS[prompt])
     options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     want = run(llava, inputs, **options)
-    for method, keep in [("none", None), ("vtc_cls", 1.0), ("random", 36), ("average_pool", 99), ("downsample", 1.0)]:
+    for method, keep in [
+        ("none", None),
+        ("vtc_cls", 1.0),
+        ("random", 36),
+        ("average_pool", 99),
+        ("downsample", 1.0),
+    ]:
         with vtc.patch(llava, method, keep) as handle:
             got = run(llava, inputs, **options)
         assert torch.equal(got.sequences, want.sequences)
@@ -150,13 +167,19 @@ def test_pooling_equals_its_plain_statement(llava: Any, make_inputs: Any, positi
         got = run(llava, inputs, do_sample=False)
     assert handle.report().llm_tokens == (9,)
     (features,) = llava.get_image_features(inputs["pixel_values"]).pooler_output
-    pooled = torch.nn.functional.adaptive_avg_pool2d(features.T.reshape(1, -1, 6, 6), 3).flatten(2)[0].T
+    pooled = (
+        torch.nn.functional.adaptive_avg_pool2d(features.T.reshape(1, -1, 6, 6), 3).flatten(2)[0].T
+    )
     centers = torch.tensor([1, 3, 5])
-    assert torch.equal(got, restated(llava, inputs, pooled, (centers[:, None] * 6 + centers).flatten(), positions))
+    assert torch.equal(
+        got, restated(llava, inputs, pooled, (centers[:, None] * 6 + centers).flatten(), positions)
+    )
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-def test_downsampling_equals_its_plain_statement(llava: Any, make_inputs: Any, positions: str) -> None:
+def test_downsampling_equals_its_plain_statement(
+    llava: Any, make_inputs: Any, positions: str
+) -> None:
     inputs = make_inputs([[4, None, 5]])
     with vtc.patch(llava, "downsample", 0.25, positions=positions) as handle:
         got = run(llava, inputs, do_sample=False)
@@ -164,14 +187,22 @@ def test_downsampling_equals_its_plain_statement(llava: Any, make_inputs: Any, p
     small = torch.nn.functional.interpolate(
         inputs["pixel_values"], size=(12, 12), mode="bicubic", antialias=True, align_corners=False
     )
-    hidden = llava.model.vision_tower(small, interpolate_pos_encoding=True, output_hidden_states=True)
+    hidden = llava.model.vision_tower(
+        small, interpolate_pos_encoding=True, output_hidden_states=True
+    )
     tokens = llava.model.multi_modal_projector(hidden.hidden_states[-2][:, 1:])[0]
     centers = torch.tensor([1, 3, 5])
-    assert torch.equal(got, restated(llava, inputs, tokens, (centers[:, None] * 6 + centers).flatten(), positions))
+    assert torch.equal(
+        got, restated(llava, inputs, tokens, (centers[:, None] * 6 + centers).flatten(), positions)
+    )
 
 
 def restated(
-    model: Any, inputs: dict[str, torch.Tensor], tokens: torch.Tensor, cells: torch.Tensor, positions: str
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    cells: torch.Tensor,
+    positions: str,
 ) -> torch.Tensor:
     """The stock language model on text, given image tokens at the positions of `cells`, text."""
     (ids,) = inputs["input_ids"]

@@ -25,7 +25,9 @@ def footprint(model: Any) -> dict[str, Any]:
     return {
         "hooks": hooks,
         "own": {name: sorted(vars(module)) for name, module in model.named_modules()},
-        "configs": {name: id(getattr(module, "config", None)) for name, module in model.named_modules()},
+        "configs": {
+            name: id(getattr(module, "config", None)) for name, module in model.named_modules()
+        },
         "config": model.config.to_dict(),
         "generation": model.generation_config.to_dict(),
         "forward": {name: module.forward.__func__ for name, module in model.named_modules()},
@@ -43,13 +45,16 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 @pytest.fixture
 def used(llava: Any, make_inputs: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A model that has run before: transformers installs its own capturing hooks at the first call."""
+    """A model that has run before: transformers installs its own capturing hooks at the first
+    call."""
     inputs = make_inputs([[4, None, 5], [2, None, 9]])
     llava.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=True)
     return llava, inputs
 
 
-@pytest.mark.parametrize("method, keep", [("vtc_cls", 0.3), ("random", 4), ("downsample", 9), ("average_pool", 9)])
+@pytest.mark.parametrize(
+    "method, keep", [("vtc_cls", 0.3), ("random", 4), ("downsample", 9), ("average_pool", 9)]
+)
 def test_unpatch_leaves_no_trace(used: Any, method: str, keep: float) -> None:
     model, inputs = used
     before, want = footprint(model), model(**inputs).logits
@@ -80,7 +85,10 @@ def test_an_exception_inside_a_call_leaves_no_trace(
         options = {"prompt_lookup_num_tokens": 2} if call == "lookup" else {}
         return model.generate(**inputs, max_new_tokens=3, do_sample=False, **options)
 
-    with pytest.raises(RuntimeError, match="on purpose"), vtc.patch(model, "vtc_cls", 0.3) as handle:
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        vtc.patch(model, "vtc_cls", 0.3) as handle,
+    ):
         if where == "select":
             monkeypatch.setattr(type(handle.method), "select", broken)
         else:
@@ -93,7 +101,9 @@ def test_an_exception_inside_a_call_leaves_no_trace(
     assert torch.equal(model(**inputs).logits, want)
 
 
-def test_a_failed_call_does_not_disturb_the_next(used: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_call_does_not_disturb_the_next(
+    used: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs = used
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -103,7 +113,10 @@ def test_a_failed_call_does_not_disturb_the_next(used: Any, monkeypatch: pytest.
         want = model.generate(**inputs, max_new_tokens=4, do_sample=False), model(**inputs).logits
         with monkeypatch.context() as m:
             m.setattr(model.model.language_model.layers[0], "forward", broken)
-            for run in (lambda: model(**inputs), lambda: model.generate(**inputs, max_new_tokens=4)):
+            for run in (
+                lambda: model(**inputs),
+                lambda: model.generate(**inputs, max_new_tokens=4),
+            ):
                 with pytest.raises(RuntimeError, match="on purpose"):
                     run()
         got = model.generate(**inputs, max_new_tokens=4, do_sample=False), model(**inputs).logits
@@ -184,11 +197,15 @@ def test_pipeline_is_compressed(llava: Any, processor: Any, oracle: Any) -> None
     """The image-text-to-text pipeline calls the instance's generate with the processor's inputs."""
     from transformers import pipeline
 
-    noise = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     image = Image.fromarray(noise.numpy())
     content = [{"type": "image", "image": image}, {"type": "text", "text": "w5 w17 w33"}]
     messages = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [90]}
     ask = pipeline("image-text-to-text", model=llava, processor=processor)
     with vtc.patch(llava, "vtc_cls", 0.2) as handle:
@@ -198,4 +215,6 @@ def test_pipeline_is_compressed(llava: Any, processor: Any, oracle: Any) -> None
     assert answer["generated_text"].split() == want.split()
     assert handle.report().llm_tokens == (7,)
     whole = llava.generate(**inputs, **options)
-    assert not torch.equal(whole, out), "nothing that was dropped mattered: the comparison shows nothing"
+    assert not torch.equal(whole, out), (
+        "nothing that was dropped mattered: the comparison shows nothing"
+    )

@@ -16,7 +16,8 @@ from vtc.types import Signal
 
 
 def eager_rows(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """[CLS] rows of all blocks by the formula, from full attention maps: `[blocks, images, patches]`."""
+    """[CLS] rows of all blocks by the formula, from full attention maps: `[blocks, images,
+    patches]`."""
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     maps = tower(pixels, output_attentions=True).attentions
@@ -42,7 +43,9 @@ def test_vtc_cls_equals_the_formula_on_a_24_block_tower(
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_tower_output_is_bit_identical_while_recording(make_llava: Any, make_inputs: Any, implementation: str) -> None:
+def test_tower_output_is_bit_identical_while_recording(
+    make_llava: Any, make_inputs: Any, implementation: str
+) -> None:
     model = make_llava()
     model.model.vision_tower.set_attn_implementation(implementation)
     pixels = make_inputs([[1, None, None]])["pixel_values"]
@@ -51,7 +54,9 @@ def test_tower_output_is_bit_identical_while_recording(make_llava: Any, make_inp
         want = model.model.vision_tower(pixels, output_hidden_states=True)
         with signals.recording():
             got = model.model.vision_tower(pixels, output_hidden_states=True)
-    assert all(torch.equal(a, b) for a, b in zip(got.hidden_states, want.hidden_states, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(got.hidden_states, want.hidden_states, strict=True)
+    )
     assert signals.read(36)["cls_row"].shape == (2, 6, 36)
 
 
@@ -68,8 +73,11 @@ def test_one_query_row_is_scored_and_only_in_the_blocks_needed(
 
     monkeypatch.setattr(ops, "attention_rows", spy)
     with vtc.patch(llava, "vtc_cls", 9):
-        llava.generate(**make_inputs([[4, None, 5], [2, None, 1]]), max_new_tokens=3, do_sample=False)
-    # start 16 of 24 is block 4 of 6, which is the tap; 2 images, 2 heads of 32, 1 query, 36 patches + [CLS]
+        llava.generate(
+            **make_inputs([[4, None, 5], [2, None, 1]]), max_new_tokens=3, do_sample=False
+        )
+    # start 16 of 24 is block 4 of 6, which is the tap; 2 images, 2 heads of 32, 1 query, 36
+    # patches + [CLS]
     assert touched == [((2, 2, 1, 32), (2, 2, 37, 32), (2, 1, 37))]
 
 
@@ -85,7 +93,9 @@ def test_nothing_asks_for_attention_maps(llava: Any, make_inputs: Any) -> None:
     assert not any(seen)
 
 
-def test_methods_without_signals_touch_no_attention(llava: Any, make_inputs: Any, monkeypatch: Any) -> None:
+def test_methods_without_signals_touch_no_attention(
+    llava: Any, make_inputs: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(ops, "attention_rows", None)
     for method in ("random", "uniform", "average_pool", "downsample"):
         with vtc.patch(llava, method, 9):
@@ -111,13 +121,19 @@ def test_published_blocks_scale(signal: Signal, depth: int, tap: int, want: Any)
 
 
 @pytest.mark.parametrize("start, blocks", [(23, 24), (22, 6), (-1, 24), (-30, 24)])
-def test_a_window_that_leaves_no_block_is_refused_at_patch(make_llava: Any, start: int, blocks: int) -> None:
+def test_a_window_that_leaves_no_block_is_refused_at_patch(
+    make_llava: Any, start: int, blocks: int
+) -> None:
     with pytest.raises(SignalError, match="leaves no block"):
         vtc.patch(make_llava(blocks=blocks), "vtc_cls", 9, start=start)
 
 
-def test_a_cls_method_on_an_encoder_without_cls_is_refused_at_patch(make_llava: Any, make_inputs: Any) -> None:
-    model = make_llava(tower="siglip", vision_feature_layer=-1, vision_feature_select_strategy="full")
+def test_a_cls_method_on_an_encoder_without_cls_is_refused_at_patch(
+    make_llava: Any, make_inputs: Any
+) -> None:
+    model = make_llava(
+        tower="siglip", vision_feature_layer=-1, vision_feature_select_strategy="full"
+    )
     with pytest.raises(SignalError, match=r"\[CLS\]"):
         vtc.patch(model, "vtc_cls", 9)
     with vtc.patch(model, "random", 9) as handle:

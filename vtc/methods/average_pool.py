@@ -11,10 +11,11 @@ from vtc.selectors import GridPool, Selector
 
 @dataclass(frozen=True, kw_only=True)
 class AveragePool(Method):
-    """Baseline: adaptive average pooling to the largest coarser grid of the same aspect within the budget.
+    """Baseline: adaptive average pooling to the largest coarser grid of the same aspect within the
+    budget.
 
-    A pooled token takes the position of the cell in the middle of those it averages. The number of tokens
-    is at most the budget (16 for 22 on a square grid); `report()` gives the realised one.
+    A pooled token takes the position of the cell in the middle of those it averages. The number of
+    tokens is at most the budget (16 for 22 on a square grid); `report()` gives the realised one.
     """
 
     name: ClassVar[str] = "average_pool"

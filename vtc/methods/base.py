@@ -29,7 +29,8 @@ class Method:
     Attributes:
         name: what users write in `vtc.patch(model, method=name)`.
         summary: one line for `vtc.methods()`.
-        site: where the choice acts: `"pixels"` (before the encoder) or `"llm_input"` (before the LLM).
+        site: where the choice acts: `"pixels"` (before the encoder) or `"llm_input"` (before the
+            LLM).
         count: whether `keep` is met exactly, is an upper bound, or is the method's own affair.
         exactness: what the patched model equals, see the contract: `"mask"` or `"restatement"`.
         published_positions: what `positions="published"` means for it.
@@ -63,7 +64,8 @@ class Method:
             return given
         if given not in table:
             raise OptionError(
-                f"method {self.name!r}: {what} {given!r} is unknown; expected one of {sorted(table)}"
+                f"method {self.name!r}: {what} {given!r} is unknown; expected one of "
+                f"{sorted(table)}"
             )
         return table[given]()
 
@@ -95,7 +97,8 @@ class Method:
         """The budget for this method; raises `OptionError` where `keep` makes no sense for it."""
         if keep is None and self.count != "adaptive":
             raise OptionError(
-                f"method {self.name!r} got keep=None, expected how much is kept: pass a float in (0, 1] "
+                f"method {self.name!r} got keep=None, expected how much is kept: pass a float in "
+                f"(0, 1] "
                 f"for a fraction or an int >= 1 for tokens per image"
             )
         if keep is not None and self.count == "adaptive":

@@ -12,11 +12,12 @@ from vtc.selectors.grid_pool import largest_grid
 
 @dataclass(frozen=True, kw_only=True)
 class Downsample(Method):
-    """Baseline: the image itself, resized before the encoder to the largest token grid within the budget.
+    """Baseline: the image itself, resized before the encoder to the largest token grid within the
+    budget.
 
-    The stock tower sees the smaller image with interpolated position embeddings; its tokens sit at the
-    centers of the original cells that they cover. The aspect is kept, so the number of tokens is at most
-    the budget. See VTC-Bench (arXiv 2510.07143) for why every report needs this row.
+    The stock tower sees the smaller image with interpolated position embeddings; its tokens sit at
+    the centers of the original cells that they cover. The aspect is kept, so the number of tokens
+    is at most the budget. See VTC-Bench (arXiv 2510.07143) for why every report needs this row.
     """
 
     name: ClassVar[str] = "downsample"
@@ -31,5 +32,6 @@ class Downsample(Method):
         return GridPool()
 
     def size(self, grid: tuple[int, int, int], slots: int) -> tuple[int, int]:
-        """The token grid (h, w) that an image of `grid` is resized to when `slots` tokens were chosen."""
+        """The token grid (h, w) that an image of `grid` is resized to when `slots` tokens were
+        chosen."""
         return largest_grid(grid[1], grid[2], slots)

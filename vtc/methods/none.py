@@ -21,7 +21,9 @@ class NoCompression(Method):
     def check_keep(self, keep: float | int | None) -> Budget:
         """Only None or 1.0."""
         if keep is not None and not (isinstance(keep, float) and keep == 1.0):
-            raise OptionError(f"method 'none' keeps everything and got keep={keep!r}; pass 1.0 or leave it out")
+            raise OptionError(
+                f"method 'none' keeps everything and got keep={keep!r}; pass 1.0 or leave it out"
+            )
         return Budget(1.0)
 
     def select(self, tokens: Tokens, budget: Budget) -> Selection:

@@ -14,8 +14,8 @@ from vtc.selectors import Selector, TopK
 class Random(Method):
     """Baseline: k tokens uniformly at random, in original order.
 
-    Drawn from `vtc.patch(..., seed=)` and the image's pixels: the same picture gets the same tokens alone
-    and in any batch, and another seed gives other tokens.
+    Drawn from `vtc.patch(..., seed=)` and the image's pixels: the same picture gets the same
+    tokens alone and in any batch, and another seed gives other tokens.
     """
 
     name: ClassVar[str] = "random"

@@ -16,7 +16,8 @@ _REGISTERED: dict[str, type[Method]] = {}
 
 
 def register(cls: type[Method]) -> type[Method]:
-    """Make a method of your own known by its name (a decorator). Not needed to pass an object to `vtc.patch`."""
+    """Make a method of your own known by its name (a decorator). Not needed to pass an object to
+    `vtc.patch`."""
     table = _table()
     if cls.name in table and table[cls.name] is not cls:
         raise OptionError(f"a method called {cls.name!r} exists already; give yours another name")
@@ -48,21 +49,27 @@ def method(name: str | Method, **options: Any) -> Method:
     """Build a method with options.
 
     Raises:
-        OptionError: the name or an option is unknown, an option has the wrong type, or options are given
-            beside a method object.
+        OptionError: the name or an option is unknown, an option has the wrong type, or options are
+            given beside a method object.
     """
     if isinstance(name, Method):
         if options:
             raise OptionError(
-                f"options {sorted(options)} were given beside a method object {name!r}; put them into the "
+                f"options {sorted(options)} were given beside a method object {name!r}; put them "
+                f"into the "
                 f"object, or pass its name"
             )
         return name
     table = _table()
     if name not in table:
-        raise OptionError(f"method {name!r} is unknown; expected one of {', '.join(table)}, or a vtc.Method object")
+        raise OptionError(
+            f"method {name!r} is unknown; expected one of {', '.join(table)}, or a vtc.Method "
+            f"object"
+        )
     cls = table[name]
     known = [option.name for option in dataclasses.fields(cls)]
     if unknown := sorted(set(options) - set(known)):
-        raise OptionError(f"method {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+        raise OptionError(
+            f"method {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}"
+        )
     return cls(**options)

@@ -15,19 +15,20 @@ from vtc.types import Signal
 class VtcCls(Method):
     """VTC-CLS (Wang et al., arXiv 2412.05819; official code THU-MIG/VTC-CLS, Apache-2.0).
 
-    Score of patch j: s[j] = Σ_l mean_h A_l[h, CLS, j] over blocks l = start..tap, where the tap is the
-    block whose output the LLM reads (22 of 24 in LLaVA-1.5). The softmax includes [CLS] itself and is
-    not renormalized. The U highest are kept, in raster order; nothing is merged.
+    Score of patch j: s[j] = Σ_l mean_h A_l[h, CLS, j] over blocks l = start..tap, where the tap is
+    the block whose output the LLM reads (22 of 24 in LLaVA-1.5). The softmax includes [CLS] itself
+    and is not renormalized. The U highest are kept, in raster order; nothing is merged.
 
-    Code and paper: the evaluation scripts never say which `start` produced the published table; 16 is
-    the argument parser's default. The official code renumbers positions
-    (`positions="published"`), and is wrong for more than one image per call; here each image is scored alone.
-    The official scores are in the model's dtype; here they are float32.
+    Code and paper: the evaluation scripts never say which `start` produced the published table; 16
+    is the argument parser's default. The official code renumbers positions
+    (`positions="published"`) and is wrong for more than one image per call; here each image is
+    scored alone. The official scores are in the model's dtype; here they are float32.
 
     Args:
-        start: first block read, for an encoder of 24 blocks and scaled to others; a negative one counts
-            from the end like a Python slice (−2 is the penultimate block alone).
-        ensemble: how blocks are combined; the official code implements `"sum"` and mentions the others.
+        start: first block read, for an encoder of 24 blocks and scaled to others; a negative one
+            counts from the end like a Python slice (−2 is the penultimate block alone).
+        ensemble: how blocks are combined; the official code implements `"sum"` and mentions the
+            others.
     """
 
     name: ClassVar[str] = "vtc_cls"

@@ -8,7 +8,7 @@ import torch
 
 
 class Clock:
-    """Named moments of one call. On CUDA they are events, read only when a difference is asked for."""
+    """Named moments of one call; on CUDA they are events, read only when asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

@@ -1,4 +1,4 @@
-"""From decisions to a shorter sequence: which entries remain, in which order, at which positions."""
+"""From decisions to a shorter sequence: which entries, in which order, at which positions."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ Policy = Literal["keep", "renumber", "median"]
 
 @dataclass(frozen=True, eq=False)
 class Compaction:
-    """How rows of S columns (and A appended slots each) become rows of L entries, padded on the left.
+    """How rows of S columns (and A appended slots each) become rows of L entries, padded on the
+    left.
 
     Attributes:
         index: `int64[B, L]` into the S original columns followed by the A appended slots.
         valid: `bool[B, L]`, False on the padding made by compacting.
-        columns: `int64[B, L]`: the original column an entry stands for (an appended slot: its image's last).
+        columns: `int64[B, L]`: the original column an entry stands for (an appended slot: its
+            image's last).
         origin: `int64[B, L]`: the original column whose position id an entry takes.
         length: S.
         appended: A.
@@ -37,18 +39,22 @@ class Compaction:
     appended: int
 
     def gather(self, x: Tensor, appended: Tensor | None = None) -> Tensor:
-        """Rows `[B, S, ...]` and appended slots `[B, A, ...]` -> `[B, L, ...]`, zeros on padding."""
+        """`[B, S, ...]` and appended slots `[B, A, ...]` -> `[B, L, ...]`, zeros on padding."""
         source = x if appended is None else torch.cat([x, appended.to(x)], 1)
         return ops.compact(source, self.index, self.valid)
 
     def mask(self, attention_mask: Tensor) -> Tensor:
         """`[B, S]` -> `[B, L]`; appended slots are attended to."""
-        return self.gather(attention_mask, attention_mask.new_ones(len(attention_mask), self.appended))
+        return self.gather(
+            attention_mask, attention_mask.new_ones(len(attention_mask), self.appended)
+        )
 
     def positions(self, position_ids: Tensor, mask: Tensor, policy: Policy) -> Tensor:
-        """Position ids `[(P,) B, S]` -> `[(P,) B, L]` under a policy; `mask` is the compacted one."""
+        """Position ids `[(P,) B, S]` -> `[(P,) B, L]`; `mask` is the compacted one."""
         rows = torch.arange(len(self.origin), device=self.origin.device)[:, None]
-        kept = position_ids.expand(*position_ids.shape[:-2], *self.columns.shape[:1], -1)[..., rows, self.origin]
+        kept = position_ids.expand(*position_ids.shape[:-2], *self.columns.shape[:1], -1)[
+            ..., rows, self.origin
+        ]
         if policy == "renumber":
             first = kept.masked_fill(mask == 0, torch.iinfo(kept.dtype).max).amin(-1, keepdim=True)
             kept = first + mask.long().cumsum(-1) - 1
@@ -57,7 +63,8 @@ class Compaction:
     def restore(self, hidden: Tensor) -> Tensor:
         """`[B, L, D]` -> `[B, S, D]`: every column takes the last entry at or before it.
 
-        So what follows an image is predicted from its last surviving token, as in the short sequence.
+        So what follows an image is predicted from its last surviving token, as in the short
+        sequence.
         """
         entry = torch.arange(self.index.shape[1], device=hidden.device).expand_as(self.index)
         first = self.valid.int().argmax(-1, keepdim=True)
@@ -68,10 +75,13 @@ class Compaction:
         return ops.compact(hidden, last, torch.ones_like(last, dtype=torch.bool))
 
 
-def plan(images: Images, selection: Selection, attention_mask: Tensor, policy: Policy) -> Compaction:
+def plan(
+    images: Images, selection: Selection, attention_mask: Tensor, policy: Policy
+) -> Compaction:
     """Lay out the short sequence: text and kept tokens in order, appended slots behind their image.
 
-    Columns that are padding at the left of their row are dropped: rows are padded anew to the longest.
+    Columns that are padding at the left of their row are dropped: rows are padded anew to the
+    longest.
     """
     device = attention_mask.device
     batch, length = attention_mask.shape
@@ -95,7 +105,9 @@ def plan(images: Images, selection: Selection, attention_mask: Tensor, policy: P
     order = key.masked_fill(~used, -1).argsort(dim=-1, stable=True)[:, used.shape[1] - short :]
     if policy == "median" and keep.shape[1]:
         kept_columns = columns.gather(1, keep)[keep_valid]
-        wanted = columns.gather(1, origin_of[:, : keep.shape[1]].clamp_min(0).to(device))[keep_valid]
+        wanted = columns.gather(1, origin_of[:, : keep.shape[1]].clamp_min(0).to(device))[
+            keep_valid
+        ]
         origin[:, :length] = origin[:, :length].index_put(
             (rows[:, None].expand_as(keep)[keep_valid], kept_columns), wanted
         )
@@ -110,7 +122,7 @@ def plan(images: Images, selection: Selection, attention_mask: Tensor, policy: P
 
 
 def by_row(parts: list[Tensor], rows: list[int], batch: int) -> Tensor:
-    """Per-image parts `[n_i, ...]` joined along their batch rows, in order, zero-padded: `[batch, A, ...]`."""
+    """Per-image parts `[n_i, ...]` joined by batch row, in order, padded: `[batch, A, ...]`."""
     joined = [
         torch.cat([part for part, r in zip(parts, rows, strict=True) if r == row] or [parts[0][:0]])
         for row in range(batch)
@@ -139,7 +151,7 @@ def _appended(images: Images, selection: Selection, origin_of: Tensor, batch: in
 
 
 def _median_positions(selection: Selection) -> Tensor:
-    """Per slot the original token whose position it takes: for merged slots the (lower) median member."""
+    """Per slot the token whose position it takes: for merged ones the (lower) median member."""
     positions = selection.slot_positions.clone()
     if selection.merge is not None:
         slot, token, weight = selection.merge

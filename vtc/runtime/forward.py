@@ -1,7 +1,7 @@
-"""The `forward` seam: the language model gets short inputs, its caller gets hidden states of full length.
+"""The `forward` seam: short inputs for the language model, full-length results for its caller.
 
-Serves direct calls (labels, scoring, own decoding loops) and assisted decoding. What later steps need to
-know travels on the cache object, so that it lives exactly as long as the cache does.
+Serves direct calls (labels, scoring, own decoding loops) and assisted decoding. What later steps
+need to know travels on the cache object, so that it lives exactly as long as the cache does.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ForwardSeam:
 
     @contextmanager
     def expecting(self, images: Images, inputs: dict[str, Any], clock: Clock) -> Iterator[None]:
-        """Within it a stock generate runs on these images (it may run the tower before the base model)."""
+        """Within it a stock generate runs on these images, the tower perhaps before the base model."""
         self._expected = (images, inputs, clock)
         with self.session.signals.recording():
             try:
@@ -136,7 +136,8 @@ class ForwardSeam:
             images, inputs, clock = self._expected
         elif encoded:
             raise UnsupportedModeError(
-                "mm_encoder_outputs was given, expected pixels on a patched model: features computed before "
+                "mm_encoder_outputs was given, expected pixels on a patched model: features "
+                "computed before "
                 "cannot be scored"
             )
         else:
@@ -169,7 +170,8 @@ class ForwardSeam:
         pending, self._pending = self._pending, None
         if pending is not None and output is not None and pending.restore is None:
             raise NeverCompressedError(
-                "images were given, but the language model was not run; expected the stock forward of "
+                "images were given, but the language model was not run; expected the stock "
+                "forward of "
                 f"{type(module).__name__}"
             )
 
@@ -189,7 +191,8 @@ class ForwardSeam:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise UnsupportedModeError(
-                "the attention mask of this forward is not 2-D, expected [B, S] on a patched model: pass the "
+                "the attention mask of this forward is not 2-D, expected [B, S] on a patched "
+                "model: pass the "
                 "processor's attention_mask and no prepared 4-D mask"
             )
         positions = kwargs.get("position_ids")
@@ -212,7 +215,9 @@ class ForwardSeam:
             "position_ids": short.position_ids,
         }
 
-    def _after_language(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_language(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         pending = self._pending
         if pending is None or pending.restore is None:
             return output
@@ -227,25 +232,31 @@ class ForwardSeam:
 
 def _later_step(state: CacheState, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Inputs of a step behind a compressed prompt: the mask is respliced, positions continue."""
-    cache, embeds, mask = kwargs["past_key_values"], kwargs["inputs_embeds"], kwargs.get("attention_mask")
+    cache, embeds, mask = (
+        kwargs["past_key_values"],
+        kwargs["inputs_embeds"],
+        kwargs.get("attention_mask"),
+    )
     batch, new = embeds.shape[:2]
     if batch != len(state.mask):
         raise UnsupportedModeError(
-            f"a step of batch {batch} continues a compressed prompt of batch {len(state.mask)}, expected the same "
+            f"a step of batch {batch} continues a compressed prompt of batch {len(state.mask)}, "
+            f"expected the same "
             f"batch: use generate() for beams"
         )
     # negative when assisted decoding took back candidates that ran along with the prompt
     behind = int(cache.get_seq_length()) - state.mask.shape[1]
     start = state.mask[:, : state.mask.shape[1] + min(behind, 0)]
     later = max(behind, 0) + new
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == state.prompt + behind + new:
+    wanted = state.prompt + behind + new
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == wanted:
         tail = mask[:, -later:]
     elif mask is None:
         tail = start.new_ones(batch, later)
     else:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise UnsupportedModeError(
-            f"attention_mask of this step is {got}, expected [{batch}, {state.prompt + behind + new}]: the original "
+            f"attention_mask of this step is {got}, expected {(batch, wanted)}: the original "
             f"prompt's mask and ones for what came after it"
         )
     positions = kwargs.get("position_ids")

@@ -1,7 +1,7 @@
-"""The `generate` seam: compress once, then the stock generate with original ids and short embeddings.
+"""The `generate` seam: compress once, then stock generate on full ids and short embeddings.
 
-Decode steps are stock: beams, sampling, static caches and compiled decoding need nothing here, and the
-returned sequences start with the user's full prompt.
+Decode steps are stock: beams, sampling, static caches and compiled decoding need nothing here, and
+the returned sequences start with the user's full prompt.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ class GenerateSeam:
         config = _Config(self.session.adapter.model, kwargs)
         if remembered(kwargs.get("past_key_values")):
             raise UnsupportedModeError(
-                "generate() got a cache that holds a compressed prompt, expected a fresh one: start each turn from "
+                "generate() got a cache that holds a compressed prompt, expected a fresh one: "
+                "start each turn from "
                 "the full conversation without past_key_values"
             )
         if kwargs.get("mm_encoder_outputs") is not None:
             raise UnsupportedModeError(
-                "generate() got mm_encoder_outputs, expected pixels on a patched model: features computed before "
+                "generate() got mm_encoder_outputs, expected pixels on a patched model: features "
+                "computed before "
                 "cannot be scored"
             )
         if not self.session.adapter.has_images(kwargs):
@@ -57,7 +59,8 @@ class GenerateSeam:
                 return self.stock(**kwargs)
         if config["prefill_chunk_size"] is not None:
             raise UnsupportedModeError(
-                "prefill_chunk_size was given, expected None with images on a patched model: stock chunking "
+                "prefill_chunk_size was given, expected None with images on a patched model: "
+                "stock chunking "
                 "ignores short embeddings"
             )
         clock = Clock(kwargs["input_ids"].device)
@@ -109,19 +112,20 @@ class GenerateSeam:
         return self.session.decide(images, gather_groups(images, embeds), kwargs), embeds, None
 
     def _assisted(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
-        """Stock assisted decoding drops its candidates when it starts from embeddings: use the forward seam."""
+        """Through the forward seam: from embeddings, stock assisted decoding drops its candidates."""
         self.session.last = None
         with self.forward.expecting(images, kwargs, clock):
             out = self.stock(**kwargs)
         if self.session.last is None:
             raise NeverCompressedError(
-                "generate() ended without compressing: the language model was never run on the images' prompt; "
+                "generate() ended without compressing: the language model was never run on the "
+                "images' prompt; "
                 "call the model's own generate, not an unbound or custom one"
             )
         return out
 
     def _run(self, call: Call, kwargs: dict[str, Any], short: Short | None) -> Any:
-        """The stock generate, with the moment of the first logits and the size of the cache noted."""
+        """The stock generate; notes the moment of the first logits and the size of the cache."""
         length = kwargs["input_ids"].shape[1]
 
         def after_prefill(module: Any, args: Any, output: Any) -> None:
@@ -158,10 +162,14 @@ class _Config:
 
     @property
     def assisted(self) -> bool:
-        return self.given.get("assistant_model") is not None or bool(self["prompt_lookup_num_tokens"])
+        return self.given.get("assistant_model") is not None or bool(
+            self["prompt_lookup_num_tokens"]
+        )
 
 
-def _by_keyword(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _by_keyword(
+    stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """All arguments by name, `inputs` as `input_ids`."""
     named = dict(zip(inspect.signature(stock).parameters, args, strict=False)) | kwargs
     ids = named.pop("inputs", None)
@@ -171,7 +179,9 @@ def _by_keyword(stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         named["input_ids"] = ids
     if named.get("pixel_values") is not None and not isinstance(named.get("input_ids"), Tensor):
         got = type(named.get("input_ids")).__name__
-        raise InputError(f"generate() got pixel_values and input_ids of type {got}, expected a tensor [B, S]")
+        raise InputError(
+            f"generate() got pixel_values and input_ids of type {got}, expected a tensor [B, S]"
+        )
     return named
 
 
@@ -186,13 +196,16 @@ def _attention_mask(kwargs: Mapping[str, Any], config: _Config) -> Tensor:
         return torch.ones_like(ids)
     if mask.shape != ids.shape:
         raise UnsupportedModeError(
-            f"attention_mask has shape {tuple(mask.shape)}, expected that of input_ids {tuple(ids.shape)}"
+            f"attention_mask has shape {tuple(mask.shape)}, expected that of input_ids "
+            f"{tuple(ids.shape)}"
         )
     return mask  # type: ignore[no-any-return]
 
 
-def _shortened(session: Session, kwargs: dict[str, Any], short: Short, config: _Config) -> dict[str, Any]:
-    """Arguments for the stock generate: full ids, short embeddings, lengths counted from the full prompt."""
+def _shortened(
+    session: Session, kwargs: dict[str, Any], short: Short, config: _Config
+) -> dict[str, Any]:
+    """Arguments for the stock generate; lengths stay counted from the full prompt."""
     dropped = session.adapter.visual_inputs
     out = {k: v for k, v in kwargs.items() if k not in dropped}
     out |= {
@@ -208,7 +221,8 @@ def _shortened(session: Session, kwargs: dict[str, Any], short: Short, config: _
             continue
         if whole == "max_length" and limit <= length:
             raise InputError(
-                f"max_length={limit} leaves no room behind a prompt of {length} tokens, expected more than that: "
+                f"max_length={limit} leaves no room behind a prompt of {length} tokens, expected "
+                f"more than that: "
                 f"pass max_new_tokens"
             )
         out[new] = max(limit - length, 0)
@@ -221,10 +235,12 @@ def _shortened(session: Session, kwargs: dict[str, Any], short: Short, config: _
 
 @contextmanager
 def _processors_see(model: Any, mask: Tensor) -> Iterator[None]:
-    """Logits processors get the full prompt's mask: stock penalties count padding in the full ids with it."""
+    """Logits processors get the full prompt's mask: stock penalties find padding in the ids by it."""
     stock = model._get_logits_processor
 
-    def with_full_mask(*args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    def with_full_mask(
+        *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
         seen = dict(model_kwargs or {})
         rows = len(seen["inputs_embeds"]) // len(mask)
         whole = bool((mask == 1).all())
@@ -240,6 +256,10 @@ def _processors_see(model: Any, mask: Tensor) -> Iterator[None]:
 
 def _kv_bytes(cache: Any) -> int | None:
     """Bytes of keys and values in a cache."""
-    parts = [getattr(layer, name, None) for layer in getattr(cache, "layers", []) for name in ("keys", "values")]
+    parts = [
+        getattr(layer, name, None)
+        for layer in getattr(cache, "layers", [])
+        for name in ("keys", "values")
+    ]
     found = [part.nbytes for part in parts if isinstance(part, Tensor)]
     return sum(found) if found else None

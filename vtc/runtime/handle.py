@@ -34,7 +34,8 @@ class Handle:
 
     Attributes:
         method: the method in force.
-        plans: decisions over layers of the last call, for methods that skip work instead of dropping tokens.
+        plans: decisions over layers of the last call, for methods that skip work instead of
+            dropping tokens.
     """
 
     def __init__(self, session: Session, positions: Positions, kernels: str) -> None:
@@ -57,7 +58,8 @@ class Handle:
         @functools.wraps(self._model.generate_batch)
         def generate_batch(*args: Any, **kwargs: Any) -> Any:
             raise UnsupportedModeError(
-                "generate_batch (continuous batching) was called on a patched model, expected generate: it "
+                "generate_batch (continuous batching) was called on a patched model, expected "
+                "generate: it "
                 "would run uncompressed; vtc.unpatch(model) first"
             )
 
@@ -91,20 +93,24 @@ class Handle:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.remove()
 
     def _last(self) -> Call:
         if self._session.last is None:
             raise PatchError(
-                "there is no call with images to report on yet; call model.generate or model.forward first"
+                "there is no call with images to report on yet; call model.generate or "
+                "model.forward first"
             )
         return self._session.last
 
     @property
     def selections(self) -> list[Selection]:
-        """One `Selection` per site of the last call with images, in order; empty before the first."""
+        """One `Selection` per site of the last call with images, in order; else empty."""
         return [self._session.last.selection] if self._session.last else []
 
     def report(self) -> Report:
@@ -133,35 +139,43 @@ def patch(
     seed: int = 0,
     **method_options: Any,
 ) -> Handle:
-    """Compress the visual tokens of a stock transformers model, in place, until the handle is removed.
+    """Compress the visual tokens of a stock transformers model, in place, until the handle is
+    removed.
 
     Args:
         model: e.g. a `LlavaForConditionalGeneration`.
         method: a name from `vtc.methods()`, or a `Method` object.
         keep: what is kept of each image: a float in (0, 1] is a fraction, an int >= 1 is tokens.
-        positions: position ids of what remains: `"keep"` the original ones, `"renumber"` them, `"median"`
-            (merged tokens take their median member's), or `"published"`, what the method's official code does.
+        positions: position ids of what remains: `"keep"` the original ones, `"renumber"` them,
+            `"median"` (merged tokens take their median member's), or `"published"`, what the
+            method's official code does.
         fast: run the captured fast path; not available in this version.
         kernels: `"auto"`, `"torch"` or `"triton"`.
         seed: for methods that draw.
         **method_options: options of a method given by name.
 
     Raises:
-        OptionError, UnsupportedModelError, SignalError, PatchError: see `vtc.errors`; the model is untouched.
+        OptionError, UnsupportedModelError, SignalError, PatchError: see `vtc.errors`; the model is
+        untouched.
     """
     chosen = build_method(method, **method_options)
     budget = chosen.check_keep(keep)
     if positions not in get_args(Positions):
-        raise OptionError(f"positions={positions!r} is unknown; expected one of {', '.join(get_args(Positions))}")
+        raise OptionError(
+            f"positions={positions!r} is unknown; expected one of {', '.join(get_args(Positions))}"
+        )
     if fast:
-        raise OptionError("fast=True was asked for, but this version has no fast path; pass fast=False")
+        raise OptionError(
+            "fast=True was asked for, but this version has no fast path; pass fast=False"
+        )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise OptionError(f"seed={seed!r} is a {type(seed).__name__}, expected an int")
     backend = ops.choose_backend(kernels)
     adapter = adapter_of(model)
     if (patched := _handle_of(model)) is not None:
         raise PatchError(
-            f"this model is patched already with {patched.method!r}; call vtc.unpatch(model) first, or "
+            f"this model is patched already with {patched.method!r}; call vtc.unpatch(model) "
+            f"first, or "
             f"handle.set(keep=...) to change the budget"
         )
     policy = chosen.published_positions if positions == "published" else positions
@@ -177,5 +191,7 @@ def unpatch(model: nn.Module) -> None:
     """
     handle = _handle_of(model)
     if handle is None:
-        raise PatchError(f"this {type(model).__name__} is not patched; expected one that vtc.patch was called on")
+        raise PatchError(
+            f"this {type(model).__name__} is not patched; expected one that vtc.patch was called on"
+        )
     handle.remove()

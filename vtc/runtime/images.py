@@ -52,18 +52,23 @@ def find_images(adapter: Adapter, inputs: Mapping[str, Any], input_ids: Tensor) 
     places = (input_ids == adapter.image_token_id).nonzero()  # [T, 2], row-major
     if len(places) != sum(lengths):
         raise InputError(
-            f"input_ids hold {len(places)} image placeholders, expected {sum(lengths)} for {len(grids)} images "
-            f"of {sorted(set(lengths))} tokens: give one <image> per image and let the processor expand it"
+            f"input_ids hold {len(places)} image placeholders, expected {sum(lengths)} for "
+            f"{len(grids)} images "
+            f"of {sorted(set(lengths))} tokens: give one <image> per image and let the processor "
+            f"expand it"
         )
     parts = places.split(lengths)
     if any(len(part) and bool((part[:, 0] != part[0, 0]).any()) for part in parts):
         raise InputError(
-            "an image's placeholders are spread over two rows, expected each image in one row: order the "
+            "an image's placeholders are spread over two rows, expected each image in one row: "
+            "order the "
             "images as their placeholders stand in the batch"
         )
     return Images(
         grids=tuple(grids),
         rows=torch.stack([part[0, 0] for part in parts]),
         columns=pad_sequence([part[:, 1] for part in parts], batch_first=True),
-        valid=pad_sequence([torch.ones_like(part[:, 1], dtype=torch.bool) for part in parts], batch_first=True),
+        valid=pad_sequence(
+            [torch.ones_like(part[:, 1], dtype=torch.bool) for part in parts], batch_first=True
+        ),
     )

@@ -40,14 +40,19 @@ class EncoderSignals:
 
     def __init__(self, encoder: Encoder, needs: tuple[Signal, ...]) -> None:
         self._encoder = encoder
-        self._windows = {s: s.resolve(encoder.depth, encoder.tap) for s in needs if s.name == "cls_row"}
+        self._windows = {
+            s: s.resolve(encoder.depth, encoder.tap) for s in needs if s.name == "cls_row"
+        }
         if self._windows and not encoder.has_cls:
             raise SignalError(
-                "this method scores patches by the attention of [CLS], expected an encoder with a [CLS] token "
+                "this method scores patches by the attention of [CLS], expected an encoder with "
+                "a [CLS] token "
                 "but this one has none; choose a method without it (see `vtc methods`)"
             )
         if unknown := sorted({s.name for s in needs} - {"cls_row", "image_key"}):
-            raise SignalError(f"signal {unknown[0]!r} is unknown; expected 'cls_row' or 'image_key'")
+            raise SignalError(
+                f"signal {unknown[0]!r} is unknown; expected 'cls_row' or 'image_key'"
+            )
         self._rows: dict[int, Tensor] = {}
 
     @property
@@ -76,12 +81,15 @@ class EncoderSignals:
             missing = [b for b in window if b not in self._rows]
             if missing:
                 raise SignalError(
-                    f"signal {signal.name!r}: encoder blocks {missing} were not run in this call; pass "
+                    f"signal {signal.name!r}: encoder blocks {missing} were not run in this "
+                    f"call; pass "
                     f"pixel_values, not features computed before"
                 )
             rows = torch.stack([self._rows[b] for b in window], 1)
             if rows.shape[-1] != width:
-                raise SignalError(f"signal {signal.name!r} has {rows.shape[-1]} patches, expected {width}")
+                raise SignalError(
+                    f"signal {signal.name!r} has {rows.shape[-1]} patches, expected {width}"
+                )
             found[signal.key] = rows
         return found
 
@@ -121,7 +129,12 @@ def _registered() -> Iterator[None]:
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -13,7 +13,8 @@ from vtc.runtime.session import Call, Session
 
 @dataclass(frozen=True)
 class Report:
-    """What one call of a patched model did. Times are None where they were not reached or do not apply.
+    """What one call of a patched model did. Times are None where they were not reached or do not
+    apply.
 
     Attributes:
         method: its name.
@@ -56,7 +57,9 @@ class Report:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        rows = [(name.replace("_", " "), _text(name, value)) for name, value in self.to_dict().items()]
+        rows = [
+            (name.replace("_", " "), _text(name, value)) for name, value in self.to_dict().items()
+        ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -68,7 +71,9 @@ def _text(name: str, value: Any) -> str:
         return f"{value / 2**20:.1f} MiB"
     if isinstance(value, tuple):
         distinct = sorted(set(value))
-        shown = [f"{v:.4g}" for v in (distinct if len(distinct) <= 2 else (distinct[0], distinct[-1]))]
+        shown = [
+            f"{v:.4g}" for v in (distinct if len(distinct) <= 2 else (distinct[0], distinct[-1]))
+        ]
         return f"{' … '.join(shown)}  ({len(value)} images)"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -1,4 +1,4 @@
-"""One patched model: the method, what a call decided, and the step from full inputs to short ones."""
+"""One patched model: its method, its last decision, and the step from full inputs to short ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Short:
-    """The inputs of the language model after compression; `shift` is how far positions moved down."""
+    """The language model's inputs after compression; `shift` is how far positions moved down."""
 
     inputs_embeds: Tensor
     attention_mask: Tensor
@@ -43,7 +43,7 @@ class Short:
     compaction: Compaction
 
 
-class _Captured(Exception):  # noqa: N818 - carries the language model's inputs, it is no error
+class _Captured(Exception):
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.kwargs = kwargs
 
@@ -59,7 +59,9 @@ class Session:
         seed: for methods that draw.
     """
 
-    def __init__(self, adapter: Adapter, method: Method, budget: Budget, policy: Policy, seed: int) -> None:
+    def __init__(
+        self, adapter: Adapter, method: Method, budget: Budget, policy: Policy, seed: int
+    ) -> None:
         self.adapter = adapter
         self.method = method
         self.budget = budget
@@ -69,10 +71,11 @@ class Session:
         self.last: Call | None = None
 
     def images(self, inputs: Mapping[str, Any], input_ids: Tensor) -> Images:
-        """The images among a call's inputs; refuses inputs that would change what the encoder gives."""
+        """The images among a call's inputs; refuses what would change the encoder's features."""
         if inputs.get("vision_feature_layer") is not None:
             raise UnsupportedModeError(
-                "vision_feature_layer was given in a call, expected it in model.config only: set it there before "
+                "vision_feature_layer was given in a call, expected it in model.config only: set "
+                "it there before "
                 "vtc.patch"
             )
         return find_images(self.adapter, inputs, input_ids)
@@ -114,7 +117,7 @@ class Session:
     ) -> Short:
         """Apply a decision to full embeddings `[B, S, D]`, mask `[B, S]` and position ids.
 
-        `small` holds each image's tokens when they come from elsewhere than `embeds` (the pixel site).
+        `small` holds each image's tokens when they are not in `embeds` (the pixel site).
         """
         compaction = plan(images, selection, attention_mask, self.policy)
         batch, kept = len(embeds), selection.keep.shape[1]
@@ -123,7 +126,10 @@ class Session:
             appended = by_row(small, images.rows.tolist(), batch)
         elif selection.merge is not None:
             slots = selection.apply(gather_groups(images, embeds))  # [G, S, D]
-            parts = [s[kept:][p[kept:] >= 0] for s, p in zip(slots, selection.slot_positions, strict=True)]
+            parts = [
+                s[kept:][p[kept:] >= 0]
+                for s, p in zip(slots, selection.slot_positions, strict=True)
+            ]
             appended = by_row(parts, images.rows.tolist(), batch)
             embeds = _replace_kept(images, selection, embeds, slots)
         mask = compaction.mask(attention_mask)
@@ -136,7 +142,9 @@ class Session:
             compaction=compaction,
         )
 
-    def encode_small(self, images: Images, selection: Selection, inputs: Mapping[str, Any]) -> list[Tensor]:
+    def encode_small(
+        self, images: Images, selection: Selection, inputs: Mapping[str, Any]
+    ) -> list[Tensor]:
         """Each image's tokens when the method resizes the image itself."""
         resize: Any = self.method
         slots = selection.slots.tolist()
@@ -151,7 +159,9 @@ class Session:
         def stop(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             raise _Captured(kwargs)
 
-        hook = self.adapter.language_model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+        hook = self.adapter.language_model.register_forward_pre_hook(
+            stop, with_kwargs=True, prepend=True
+        )
         try:
             with self.signals.recording():
                 self.adapter.base(**given)

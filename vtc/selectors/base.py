@@ -27,7 +27,9 @@ class Selector(ABC):
         """
 
 
-def selection_of(tokens: Tokens, keep: Tensor, valid: Tensor, scores: Tensor | None = None) -> Selection:
+def selection_of(
+    tokens: Tokens, keep: Tensor, valid: Tensor, scores: Tensor | None = None
+) -> Selection:
     """A selection of kept tokens only; indices `[G, K]` must be ascending."""
     return Selection(
         keep=keep,

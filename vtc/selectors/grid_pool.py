@@ -1,4 +1,5 @@
-"""A coarser grid in place of the original one: which cells a new token covers, and where it sits."""
+"""A coarser grid in place of the original one: which cells a new token covers, and where it
+sits."""
 
 from __future__ import annotations
 
@@ -15,9 +16,12 @@ from vtc.types import Selection, Tokens
 
 
 def largest_grid(h: int, w: int, budget: int) -> tuple[int, int]:
-    """The largest grid (⌊s·h⌋, ⌊s·w⌋), s ≤ 1, at least 1×1, of at most `budget` cells: aspect kept."""
+    """The largest grid (⌊s·h⌋, ⌊s·w⌋), s ≤ 1, at least 1×1, of at most `budget` cells: aspect
+    kept."""
     # the grid only changes where s·h or s·w is whole
-    scales = sorted({i / h for i in range(1, h + 1)} | {i / w for i in range(1, w + 1)}, reverse=True)
+    scales = sorted(
+        {i / h for i in range(1, h + 1)} | {i / w for i in range(1, w + 1)}, reverse=True
+    )
     for s in scales:
         size = max(1, math.floor(s * h + 1e-9)), max(1, math.floor(s * w + 1e-9))
         if size[0] * size[1] <= budget:
@@ -34,8 +38,8 @@ def pooled_cells(h: int, w: int, size: tuple[int, int]) -> tuple[Tensor, Tensor,
     """Adaptive average pooling of an h×w grid to `size`, as sparse triples.
 
     Returns:
-        `slot [P]`, `token [P]`, `weight [P]` (each slot's weights sum to 1) and `center [S]`: the original
-        cell that holds the middle of each slot.
+        `slot [P]`, `token [P]`, `weight [P]` (each slot's weights sum to 1) and `center [S]`, the
+        original cell that holds the middle of each slot.
     """
     rows, cols = _bins(h, size[0]), _bins(w, size[1])
     triples = [
@@ -60,7 +64,8 @@ class GridPool(Selector):
     uses_scores: ClassVar[bool] = False
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
-        """Pool; the realised number of slots is at most the count. Frames share the count equally."""
+        """Pool; the realised number of slots is at most the count. Frames share the count
+        equally."""
         device = tokens.valid.device
         slots, members, weights, centers = [], [], [], []
         for (t, h, w), count in zip(tokens.grid, counts.tolist(), strict=True):
@@ -79,7 +84,11 @@ class GridPool(Selector):
             parent=tokens.parent.cpu(),
             grid=tokens.grid,
             positions=_pad(centers, -1).to(device),
-            merge=(_pad(slots, 0).to(device), _pad(members, 0).to(device), _pad(weights, 0).to(device)),
+            merge=(
+                _pad(slots, 0).to(device),
+                _pad(members, 0).to(device),
+                _pad(weights, 0).to(device),
+            ),
         )
 
 

@@ -15,7 +15,8 @@ from vtc.types import Selection, Tokens
 
 @dataclass(frozen=True)
 class TopK(Selector):
-    """The `counts[g]` highest scored tokens of each group, in original order, ties to the lowest index."""
+    """The `counts[g]` highest scored tokens of each group, in original order, ties to the lowest
+    index."""
 
     name: ClassVar[str] = "top_k"
 
@@ -23,10 +24,14 @@ class TopK(Selector):
         """Choose; raises `VtcError` on missing or NaN scores."""
         if scores is None or scores.shape != tokens.valid.shape:
             got = None if scores is None else tuple(scores.shape)
-            raise VtcError(f"top_k got scores of shape {got}, expected {tuple(tokens.valid.shape)}: "
-                           f"return one score per token from the scorer")
+            raise VtcError(
+                f"top_k got scores of shape {got}, expected {tuple(tokens.valid.shape)}: "
+                f"return one score per token from the scorer"
+            )
         if bool(scores[tokens.valid].isnan().any()):
-            raise VtcError("top_k got NaN scores, expected numbers: a scorer divides by zero or the "
-                           "model produced NaN features")
+            raise VtcError(
+                "top_k got NaN scores, expected numbers: a scorer divides by zero or the "
+                "model produced NaN features"
+            )
         keep, valid = ops.group_topk(scores, tokens.valid, counts)
         return selection_of(tokens, keep, valid, scores)
