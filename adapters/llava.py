@@ -48,7 +48,8 @@ class LlavaAdapter(Adapter):
     def encoder(self) -> Encoder:
         """Blocks of the tower; the tap is the deepest block among `vision_feature_layer`."""
         config = self.model.config
-        blocks = getattr(self.tower, "vision_model", self.tower).encoder.layers
+        tower: Any = getattr(self.tower, "vision_model", self.tower)
+        blocks = tower.encoder.layers
         layers = config.vision_feature_layer
         # hidden_states has one entry more than there are blocks: the embeddings come first
         entries = [

@@ -95,7 +95,13 @@ def _inputs(processor: Any, ask: Ask) -> Any:
     content = [{"type": "image"}, {"type": "text", "text": ask.question}]
     chat = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
-    return processor(images=ask.image, text=prompt, return_tensors="pt")
+    try:
+        return processor(images=ask.image, text=prompt, return_tensors="pt")
+    except ValueError as error:
+        raise InputError(
+            f"the model's processor refused the question {ask.question!r} ({error}), expected "
+            f"plain text about one picture: write it without special tokens"
+        ) from None
 
 
 def _answer(model: Any, processor: Any, inputs: Any, new_tokens: int) -> str:

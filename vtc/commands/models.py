@@ -13,8 +13,10 @@ from vtc.errors import InputError, OptionError, VtcError
 
 def quiet() -> None:
     """Keep transformers' warnings off a command's output; its progress bars only for people."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    hub.set_verbosity(hub.CRITICAL)
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -46,6 +48,7 @@ def name_of(model: str | None) -> str:
             f"model {model!r} is not a folder, expected the folder of a model or a hub id such as "
             f"llava-hf/llava-1.5-7b-hf: check the path"
         )
+    _look_up(model)
     return model
 
 
@@ -55,7 +58,7 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise OptionError(
@@ -78,7 +81,21 @@ def skeleton(model: str) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"model {model!r} has no configuration that can be used ({reason}), expected an "
-            f"image-text-to-text model of transformers: check the name, or download it while online"
+            f"image-text-to-text model of transformers: see `vtc doctor` for those it can be"
+        ) from None
+
+
+def _look_up(model: str) -> None:
+    """See that a hub id exists before each of its files is asked for, and waited for, in turn."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model, "config.json")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"model {model!r} was not found on the hub or in its cache ({reason}), expected one "
+            f"such as llava-hf/llava-1.5-7b-hf: check the name, or download it while online"
         ) from None
 
 

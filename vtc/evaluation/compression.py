@@ -41,9 +41,13 @@ class Compression:
         object.__setattr__(self, "options", dict(self.options))
         if self.positions not in get_args(Positions):
             expected = ", ".join(get_args(Positions))
-            raise OptionError(f"positions={self.positions!r} is unknown; expected one of {expected}")
+            raise OptionError(
+                f"positions={self.positions!r} is unknown; expected one of {expected}"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise OptionError(f"seed={self.seed!r} is a {type(self.seed).__name__}; expected an int")
+            raise OptionError(
+                f"seed={self.seed!r} is a {type(self.seed).__name__}; expected an int"
+            )
         object.__setattr__(self, "keep", self.build().check_keep(self.keep).keep)
 
     def build(self) -> Method:
@@ -52,9 +56,7 @@ class Compression:
 
     def patch(self, model: Any) -> Any:
         """`vtc.patch(model)` with these arguments; a handle to be used as a context manager."""
-        return vtc.patch(
-            model, self.build(), self.keep, positions=self.positions, seed=self.seed
-        )
+        return vtc.patch(model, self.build(), self.keep, positions=self.positions, seed=self.seed)
 
     @property
     def label(self) -> str:

@@ -83,9 +83,16 @@ def evaluate(model: Any, tasks: Sequence[Any], questions: int | None = None) -> 
         VtcError: lmms-eval gave none, or not as many samples as questions.
     """
     from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
 
     results = simple_evaluate(
-        model=model, tasks=list(tasks), limit=questions, bootstrap_iters=0, process_docs_parallel=1
+        model=model,
+        tasks=list(tasks),
+        # the tasks are loaded; without this one, all of lmms-eval's are indexed again (5 s)
+        task_manager=TaskManager(include_defaults=False),
+        limit=questions,
+        bootstrap_iters=0,
+        process_docs_parallel=1,
     )
     if not results or not results.get("samples"):
         raise VtcError("lmms-eval returned no samples, so there is nothing to report")
@@ -135,4 +142,6 @@ def _score(task: str, sample: Mapping[str, Any], metric: str | None) -> float:
         value = value.get("score") if isinstance(value, dict) else value
         if isinstance(value, (bool, int, float)):
             return float(value)
-    raise VtcError(f"task {task} gave no number for question {sample['doc_id']}, expected one per sample")
+    raise VtcError(
+        f"task {task} gave no number for question {sample['doc_id']}, expected one per sample"
+    )

@@ -10,7 +10,12 @@ from vtc.evaluation.table import FULL, Row, curves
 
 # Okabe and Ito's palette: told apart with any color vision, and by brightness on gray paper
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#000000")
-_FIXED = {"random": "#777777", "uniform": "#009E73", "average_pool": "#CC79A7", "downsample": "#E69F00"}
+_FIXED = {
+    "random": "#777777",
+    "uniform": "#009E73",
+    "average_pool": "#CC79A7",
+    "downsample": "#E69F00",
+}
 _MARKERS = {"random": "s", "uniform": "^", "average_pool": "D", "downsample": "v"}
 # points of one budget would hide each other's intervals: each curve is moved by this much
 _DODGE = 0.012
@@ -59,7 +64,9 @@ def _panel(axes: Any, task: str, rows: Sequence[Row], chance: float | None) -> N
         dodge = 1 + _DODGE * (i - (len(found) - 1) / 2)
         _curve(axes, label, positions, points, colors[label], dodge)
     for full in (row for row in rows if row["method"] == FULL):
-        axes.axhline(100 * full["accuracy"], color="black", lw=1, ls=(0, (6, 2)), label="full model")
+        axes.axhline(
+            100 * full["accuracy"], color="black", lw=1, ls=(0, (6, 2)), label="full model"
+        )
         axes.axhspan(
             100 * full["accuracy_low"], 100 * full["accuracy_high"], color="black", alpha=0.06, lw=0
         )

@@ -24,7 +24,9 @@ def losses(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
                 continue
             gap = _difference(frame, other, row)
             if gap.value > 0:
-                found.append(f"{_name(other)} scores higher than {_name(row)} at {_at(row)}: {_gap(gap)}")
+                found.append(
+                    f"{_name(other)} scores higher than {_name(row)} at {_at(row)}: {_gap(gap)}"
+                )
     return found
 
 
@@ -44,7 +46,11 @@ def bends(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
 
 def _same_keep(summary: Sequence[Row], row: Row, method: str) -> Row | None:
     """The baseline at the same keep; under the same positions where it was run under them."""
-    same = [r for r in summary if (r["task"], r["label"], r["keep"]) == (row["task"], method, row["keep"])]
+    same = [
+        r
+        for r in summary
+        if (r["task"], r["label"], r["keep"]) == (row["task"], method, row["keep"])
+    ]
     return next((r for r in same if r["positions"] == row["positions"]), same[0] if same else None)
 
 

@@ -47,7 +47,9 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = (device_map or device) == "cpu"
     chosen = _dtype("float32" if dtype == "auto" and on_cpu else dtype)
-    source = str(Path(pretrained).expanduser()) if Path(pretrained).expanduser().is_dir() else pretrained
+    source = (
+        str(Path(pretrained).expanduser()) if Path(pretrained).expanduser().is_dir() else pretrained
+    )
     hub = {key: extra[key] for key in ("revision", "trust_remote_code") if key in extra}
     try:
         processor = AutoProcessor.from_pretrained(source, **hub)

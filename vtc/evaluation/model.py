@@ -215,7 +215,11 @@ class Vtc(lmms):  # type: ignore[misc]
         return processor.batch_decode(new, skip_special_tokens=True), lengths
 
     def _count(
-        self, docs: Sequence[Any], images: Sequence[list[Image.Image]], handle: Any, lengths: list[int]
+        self,
+        docs: Sequence[Any],
+        images: Sequence[list[Image.Image]],
+        handle: Any,
+        lengths: list[int],
     ) -> list[SampleCounts]:
         ends = list(itertools.accumulate((len(pictures) for pictures in images), initial=0))
         counts = []

@@ -75,12 +75,16 @@ def examples(
     return found
 
 
-def _show(frame: pd.DataFrame, row: Row, loaded: Loaded, image: Image.Image, doc: Any, doc_id: int) -> Shown:
+def _show(
+    frame: pd.DataFrame, row: Row, loaded: Loaded, image: Image.Image, doc: Any, doc_id: int
+) -> Shown:
     from vtc.viz import as_seen, overlay
 
     samples = pick(frame, row)
     # with several seeds, the first
-    sample = samples[(samples["doc_id"] == doc_id) & (samples["seed"] == samples["seed"].iloc[0])].iloc[0]
+    sample = samples[
+        (samples["doc_id"] == doc_id) & (samples["seed"] == samples["seed"].iloc[0])
+    ].iloc[0]
     seen = as_seen(image, loaded.processor)
     scale = seen.width / image.width, seen.height / image.height
     boxes = [
@@ -99,9 +103,14 @@ def _selection(sample: pd.Series, row: Row, loaded: Loaded, image: Image.Image) 
     positions, seed = row["positions"], int(sample["seed"])
     compression = Compression(row["method"], keep, positions, seed, sample["options"])
     messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": str(sample["question"])}]}
+        {
+            "role": "user",
+            "content": [{"type": "image"}, {"type": "text", "text": str(sample["question"])}],
+        }
     ]
-    text = loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = loaded.processor.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
     inputs = loaded.processor(images=[image], text=[text], return_tensors="pt")
     inputs = inputs.to(loaded.model.device, loaded.model.dtype)
     with quiet(), compression.patch(loaded.model) as handle:

@@ -19,6 +19,9 @@ COLUMNS = (
     "evidence",
     "TTFT ms",
 )
+# the screen has less room than the page
+_NOT_ON_SCREEN = ("tokens",)
+_SCREEN_WIDTH = 118
 
 
 def cells(row: Row) -> list[str]:
@@ -30,7 +33,7 @@ def cells(row: Row) -> list[str]:
         "" if row["method"] == FULL else row["keep"],
         percent(row["kept_fraction"], 1),
         number(row["llm_tokens"], 0),
-        f"{percent(row['accuracy'], 1)} [{points(row, 'accuracy', signed=False)}]",
+        f"{100 * row['accuracy']:.1f} [{points(row, 'accuracy', signed=False)}]",
         difference(row, "vs_full") if row["method"] != FULL else "",
         difference(row, "vs_random") if row["method"] != FULL else "",
         evidence(row),
@@ -71,20 +74,25 @@ def evidence(row: Row) -> str:
 
 def show(summary: Sequence[Row]) -> None:
     """Print one table per task."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
+    # narrower, every number would break over several lines
+    console.width = max(console.width, _SCREEN_WIDTH)
+    shown = [i for i, name in enumerate(COLUMNS) if name not in _NOT_ON_SCREEN]
     for task in dict.fromkeys(row["task"] for row in summary):
         rows = [row for row in summary if row["task"] == task]
         title = f"{task}, {rows[0]['n']} questions, 95 % intervals, differences paired by question"
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if i < 2 else "right", no_wrap=i < 5)
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for i in shown:
+            table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
         for row, following in zip(rows, [*rows[1:], None], strict=True):
             end = following is None or (row["label"], row["positions"]) != (
                 following["label"],
                 following["positions"],
             )
-            table.add_row(*cells(row), end_section=end)
+            texts = cells(row)
+            table.add_row(*(texts[i] for i in shown), end_section=end)
         console.print(table)

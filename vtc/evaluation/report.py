@@ -35,7 +35,9 @@ def write_outputs(
     store.write(out / "table.csv", _csv(result.rows))
     content = {"rows": result.rows, "summary": result.summary, "environment": dict(environment)}
     store.write(out / "table.json", store.to_json(content))
-    chance = {task: value for task in config.tasks if (value := _chance(result.samples, task)) is not None}
+    chance = {
+        task: value for task in config.tasks if (value := _chance(result.samples, task)) is not None
+    }
     plot = accuracy_plot(result.summary, chance)
     for ending, data in plot.items():
         store.write(out / f"accuracy.{ending}", data)
@@ -79,7 +81,9 @@ def _page(
     import jinja2
 
     text = resources.files("vtc.evaluation").joinpath("templates", "report.html.j2").read_text()
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        text
+    )
     full = [row for row in result.summary if row["method"] == FULL]
     return template.render(
         config=config,

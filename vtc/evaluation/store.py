@@ -95,12 +95,19 @@ class Cells:
         return {**cell, "samples": [json.loads(line) for line in lines]}
 
     def save(
-        self, settings: Mapping[str, Any], summary: Mapping[str, Any], samples: Iterable[Mapping[str, Any]]
+        self,
+        settings: Mapping[str, Any],
+        summary: Mapping[str, Any],
+        samples: Iterable[Mapping[str, Any]],
     ) -> None:
         """Write a cell; its JSON comes last and makes it count."""
         lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
         write(self._path(settings, ".samples.jsonl"), "".join(f"{line}\n" for line in lines))
-        head = {"settings": _plain(settings), "fingerprint": self.fingerprint, "n_samples": len(lines)}
+        head = {
+            "settings": _plain(settings),
+            "fingerprint": self.fingerprint,
+            "n_samples": len(lines),
+        }
         write(self._path(settings, ".json"), to_json({**head, **summary}))
 
     def _path(self, settings: Mapping[str, Any], ending: str) -> Path:

@@ -71,7 +71,12 @@ class SweepConfig:
             if isinstance(value := getattr(self, name), str) or not tuple(value):
                 raise OptionError(f"{name}={value!r}: expected at least one, in a tuple")
             object.__setattr__(self, name, tuple(value))
-        for name, least in (("questions", 1), ("batch_size", 1), ("timed_samples", 0), ("pictures", 0)):
+        for name, least in (
+            ("questions", 1),
+            ("batch_size", 1),
+            ("timed_samples", 0),
+            ("pictures", 0),
+        ):
             if getattr(self, name) < least:
                 raise OptionError(f"{name}={getattr(self, name)}: expected at least {least}")
         object.__setattr__(self, "out", Path(self.out))
@@ -170,7 +175,9 @@ def run(config: SweepConfig) -> SweepResult:
     bar.close()
     frame = table.samples_frame(samples)
     result = SweepResult(*table.tables(frame), out=config.out, samples=frame)
-    write_outputs(config, result, loaded, _tasks_for_pictures(config, tasks, include), environment())
+    write_outputs(
+        config, result, loaded, _tasks_for_pictures(config, tasks, include), environment()
+    )
     return result
 
 

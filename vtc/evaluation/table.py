@@ -80,11 +80,15 @@ def pick(frame: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
 def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
     first, seeds = part.iloc[0], part["seed"].unique()
     own = scores(part)
-    row: Row = {name: first[name] for name in ("task", "method", "options", "label", "positions", "keep")}
+    row: Row = {
+        name: first[name] for name in ("task", "method", "options", "label", "positions", "keep")
+    }
     row |= {"seed": int(seeds[0]) if len(seeds) == 1 else None, "seeds": len(seeds), "n": len(own)}
     row |= _interval("accuracy", accuracy_interval(own.to_numpy(float)))
     if pd.notna(first["kind"]):
-        row |= {f"accuracy_{kind}": float(v) for kind, v in part.groupby("kind")["score"].mean().items()}
+        row |= {
+            f"accuracy_{kind}": float(v) for kind, v in part.groupby("kind")["score"].mean().items()
+        }
     row |= {name: _number(part[name].mean()) for name in MEANS}
     row |= {name: _number(part[name].median()) for name in MEDIANS}
     row["n_timed"] = int(part["ttft_ms"].notna().sum())

@@ -28,7 +28,7 @@ class Clock:
         a, b = self._moments.get(start), self._moments.get(end)
         if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event):
             b.synchronize()
-            return a.elapsed_time(b)
+            return float(a.elapsed_time(b))
         if isinstance(a, float) and isinstance(b, float):
             return (b - a) * 1e3
         return None

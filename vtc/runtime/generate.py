@@ -187,7 +187,8 @@ def _by_keyword(
 
 def _attention_mask(kwargs: Mapping[str, Any], config: _Config) -> Tensor:
     """The 2-D mask that the stock generate would use."""
-    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    ids: Tensor = kwargs["input_ids"]
+    mask: Tensor | None = kwargs.get("attention_mask")
     if mask is None:
         pad, eos = config["pad_token_id"], config["eos_token_id"]
         ends = eos if isinstance(eos, list) else [eos]
@@ -199,7 +200,7 @@ def _attention_mask(kwargs: Mapping[str, Any], config: _Config) -> Tensor:
             f"attention_mask has shape {tuple(mask.shape)}, expected that of input_ids "
             f"{tuple(ids.shape)}"
         )
-    return mask  # type: ignore[no-any-return]
+    return mask
 
 
 def _shortened(

@@ -216,7 +216,7 @@ _ASK: dict[str, Callable[[Scene], Questions]] = {
 def caption(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
     """The objects from left to right: colors [B, O], shapes [B, O] (-1 after the last), clear [B].
 
-    `clear` says that no two objects are closer than 4 pixels in x, so the order is beyond doubt.
+    `clear` says that no two objects are closer than 2 pixels in x, so the order is beyond doubt.
     """
     filled = _objects(scene)
     x = scene.center[:, :OBJECTS, 0].masked_fill(~filled, 1e4)
@@ -225,4 +225,4 @@ def caption(scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
     gaps = (x[:, 1:] - x[:, :-1]).masked_fill(~there[:, 1:], 1e4)
     colors = scene.color.gather(1, order).masked_fill(~there, -1)
     shapes = scene.shape.gather(1, order).masked_fill(~there, -1)
-    return colors, shapes, gaps.min(-1).values >= 4
+    return colors, shapes, gaps.min(-1).values >= 2

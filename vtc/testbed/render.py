@@ -45,7 +45,7 @@ def _rand(*shape: int, generator: torch.Generator) -> Tensor:
 
 def _background(size: int, pictures: Pictures, generator: torch.Generator, contrast: float) -> Tensor:
     """Two of three scenes lie on a cut of a photograph, the others on a smooth texture."""
-    draw = _rand(size, 7, generator=generator)
+    draw = _rand(size, 9, generator=generator)
     tiles, edge = pictures.tiles, pictures.tiles.shape[1]
     which = (len(tiles) * draw[:, 0]).long()
     offset = ((edge - SIZE + 1) * draw[:, 1:3]).long()
@@ -53,7 +53,7 @@ def _background(size: int, pictures: Pictures, generator: torch.Generator, contr
     rows = torch.where(draw[:, 3:4] < 0.5, ramp, SIZE - 1 - ramp) + offset[:, :1]
     cols = torch.where(draw[:, 4:5] < 0.5, ramp, SIZE - 1 - ramp) + offset[:, 1:]
     photo = tiles[which[:, None, None], rows[:, :, None], cols[:, None]].permute(0, 3, 1, 2).float()
-    photo = photo * (0.65 + 0.35 * draw[:, 5])[:, None, None, None]
+    photo = photo * (0.65 + 0.35 * draw[:, [5, 7, 8]])[:, :, None, None]
     coarse = 128 + 45 * torch.randn(size, 3, 4, 4, generator=generator, device=draw.device)
     smooth = F.interpolate(coarse, size=SIZE, mode="bilinear", align_corners=True)
     image = torch.where((draw[:, 6] < 2 / 3)[:, None, None, None], photo, smooth)
@@ -139,10 +139,13 @@ def _card(
     local = _local(scene, place, place + 1)[:, 0]
     edge = (half + 0.5 - local.abs()).clamp(0, 1)
     cover = (edge[..., 0] * edge[..., 1] * scene.present[:, place, None, None])[:, None]
-    ink = F.grid_sample(
-        sheet, local / half, mode="bilinear", padding_mode="zeros", align_corners=False
-    )
-    draw = _rand(len(scene), 6, generator=generator)
+    draw = _rand(len(scene), 11, generator=generator)
+    spread = 0.0 if place == NUMBER_PLACE else 0.4
+    # handwriting leans, stretches and presses differently each time: few samples, many looks
+    warp = spread * (draw[:, 6:10].view(-1, 1, 2, 2) - 0.5) + torch.eye(2, device=draw.device)
+    grid = (local / half) @ warp
+    ink = F.grid_sample(sheet, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    ink = ink.clamp(min=1e-6) ** (1 + spread * (2 * draw[:, 10] - 1))[:, None, None, None]
     paper = (205 + 50 * draw[:, 0:1] - 18 * draw[:, 1:4])[..., None, None]
     pen = (15 + 60 * draw[:, 4:5])[..., None, None]
     strength = (0.8 + 0.2 * draw[:, 5])[:, None, None, None]
