@@ -36,8 +36,8 @@ class LlavaAdapter(Adapter):
         if got != wanted:
             raise UnsupportedModelError(
                 f"vision_feature_select_strategy={got!r} with a {tower} tower gives tokens that "
-                f"are not its "
-                f"patches; expected {wanted!r}: set model.config.vision_feature_select_strategy"
+                f"are not its patches; expected {wanted!r}: set "
+                "model.config.vision_feature_select_strategy"
             )
 
     @property

@@ -28,6 +28,5 @@ def adapter_of(model: object) -> Adapter:
                 return adapter(model)
     raise UnsupportedModelError(
         f"cannot patch a {type(model).__name__}; expected a stock transformers model of one of "
-        f"these classes: "
-        f"{'; '.join(supported_models())}"
+        f"these classes: {'; '.join(supported_models())}"
     )

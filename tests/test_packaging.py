@@ -27,7 +27,8 @@ from importlib.machinery import PathFinder
 class Hiding(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in {EXTRAS} else PathFinder.find_spec(name, path, target)
+        hidden = name.partition(".")[0] in {EXTRAS}
+        return None if hidden else PathFinder.find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 """

@@ -86,8 +86,7 @@ class Signal:
             published = f" (published for {self.depth})" if self.depth else ""
             raise SignalError(
                 f"{self.name} of blocks {_span(self.blocks)}{published} leaves no block on this "
-                f"encoder: "
-                f"it has {depth} blocks and its features are read after block {tap}; "
+                f"encoder: it has {depth} blocks and its features are read after block {tap}; "
                 f"choose a start of at most {tap}"
             )
         return tuple(sorted(found))

@@ -98,8 +98,7 @@ class Method:
         if keep is None and self.count != "adaptive":
             raise OptionError(
                 f"method {self.name!r} got keep=None, expected how much is kept: pass a float in "
-                f"(0, 1] "
-                f"for a fraction or an int >= 1 for tokens per image"
+                "(0, 1] for a fraction or an int >= 1 for tokens per image"
             )
         if keep is not None and self.count == "adaptive":
             raise OptionError(

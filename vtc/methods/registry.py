@@ -56,8 +56,7 @@ def method(name: str | Method, **options: Any) -> Method:
         if options:
             raise OptionError(
                 f"options {sorted(options)} were given beside a method object {name!r}; put them "
-                f"into the "
-                f"object, or pass its name"
+                "into the object, or pass its name"
             )
         return name
     table = _table()

@@ -115,7 +115,7 @@ class ForwardSeam:
 
     @contextmanager
     def expecting(self, images: Images, inputs: dict[str, Any], clock: Clock) -> Iterator[None]:
-        """Within it a stock generate runs on these images, the tower perhaps before the base model."""
+        """Within it a stock generate runs on these images; the tower may run before the base."""
         self._expected = (images, inputs, clock)
         with self.session.signals.recording():
             try:
@@ -137,8 +137,7 @@ class ForwardSeam:
         elif encoded:
             raise UnsupportedModeError(
                 "mm_encoder_outputs was given, expected pixels on a patched model: features "
-                "computed before "
-                "cannot be scored"
+                "computed before cannot be scored"
             )
         else:
             inputs, clock = given, Clock(ids.device)
@@ -171,8 +170,7 @@ class ForwardSeam:
         if pending is not None and output is not None and pending.restore is None:
             raise NeverCompressedError(
                 "images were given, but the language model was not run; expected the stock "
-                "forward of "
-                f"{type(module).__name__}"
+                f"forward of {type(module).__name__}"
             )
 
     def _before_language(
@@ -192,8 +190,7 @@ class ForwardSeam:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             raise UnsupportedModeError(
                 "the attention mask of this forward is not 2-D, expected [B, S] on a patched "
-                "model: pass the "
-                "processor's attention_mask and no prepared 4-D mask"
+                "model: pass the processor's attention_mask and no prepared 4-D mask"
             )
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -241,8 +238,7 @@ def _later_step(state: CacheState, kwargs: dict[str, Any]) -> dict[str, Any]:
     if batch != len(state.mask):
         raise UnsupportedModeError(
             f"a step of batch {batch} continues a compressed prompt of batch {len(state.mask)}, "
-            f"expected the same "
-            f"batch: use generate() for beams"
+            "expected the same batch: use generate() for beams"
         )
     # negative when assisted decoding took back candidates that ran along with the prompt
     behind = int(cache.get_seq_length()) - state.mask.shape[1]

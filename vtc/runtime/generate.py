@@ -45,14 +45,12 @@ class GenerateSeam:
         if remembered(kwargs.get("past_key_values")):
             raise UnsupportedModeError(
                 "generate() got a cache that holds a compressed prompt, expected a fresh one: "
-                "start each turn from "
-                "the full conversation without past_key_values"
+                "start each turn from the full conversation without past_key_values"
             )
         if kwargs.get("mm_encoder_outputs") is not None:
             raise UnsupportedModeError(
                 "generate() got mm_encoder_outputs, expected pixels on a patched model: features "
-                "computed before "
-                "cannot be scored"
+                "computed before cannot be scored"
             )
         if not self.session.adapter.has_images(kwargs):
             with self.forward.suspended():
@@ -60,8 +58,7 @@ class GenerateSeam:
         if config["prefill_chunk_size"] is not None:
             raise UnsupportedModeError(
                 "prefill_chunk_size was given, expected None with images on a patched model: "
-                "stock chunking "
-                "ignores short embeddings"
+                "stock chunking ignores short embeddings"
             )
         clock = Clock(kwargs["input_ids"].device)
         clock.mark("start")
@@ -112,15 +109,14 @@ class GenerateSeam:
         return self.session.decide(images, gather_groups(images, embeds), kwargs), embeds, None
 
     def _assisted(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
-        """Through the forward seam: from embeddings, stock assisted decoding drops its candidates."""
+        """Through the forward seam: stock assisted decoding cannot start from embeddings."""
         self.session.last = None
         with self.forward.expecting(images, kwargs, clock):
             out = self.stock(**kwargs)
         if self.session.last is None:
             raise NeverCompressedError(
                 "generate() ended without compressing: the language model was never run on the "
-                "images' prompt; "
-                "call the model's own generate, not an unbound or custom one"
+                "images' prompt; call the model's own generate, not an unbound or custom one"
             )
         return out
 
@@ -223,8 +219,7 @@ def _shortened(
         if whole == "max_length" and limit <= length:
             raise InputError(
                 f"max_length={limit} leaves no room behind a prompt of {length} tokens, expected "
-                f"more than that: "
-                f"pass max_new_tokens"
+                "more than that: pass max_new_tokens"
             )
         out[new] = max(limit - length, 0)
         out.pop(whole, None)
@@ -236,7 +231,7 @@ def _shortened(
 
 @contextmanager
 def _processors_see(model: Any, mask: Tensor) -> Iterator[None]:
-    """Logits processors get the full prompt's mask: stock penalties find padding in the ids by it."""
+    """Logits processors get the full mask: stock penalties find padding in the full ids by it."""
     stock = model._get_logits_processor
 
     def with_full_mask(

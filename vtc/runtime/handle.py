@@ -59,8 +59,7 @@ class Handle:
         def generate_batch(*args: Any, **kwargs: Any) -> Any:
             raise UnsupportedModeError(
                 "generate_batch (continuous batching) was called on a patched model, expected "
-                "generate: it "
-                "would run uncompressed; vtc.unpatch(model) first"
+                "generate: it would run uncompressed; vtc.unpatch(model) first"
             )
 
         generate.vtc_handle = self  # type: ignore[attr-defined]
@@ -175,8 +174,7 @@ def patch(
     if (patched := _handle_of(model)) is not None:
         raise PatchError(
             f"this model is patched already with {patched.method!r}; call vtc.unpatch(model) "
-            f"first, or "
-            f"handle.set(keep=...) to change the budget"
+            "first, or handle.set(keep=...) to change the budget"
         )
     policy = chosen.published_positions if positions == "published" else positions
     session = Session(adapter, chosen, budget, policy, seed)

@@ -53,16 +53,14 @@ def find_images(adapter: Adapter, inputs: Mapping[str, Any], input_ids: Tensor) 
     if len(places) != sum(lengths):
         raise InputError(
             f"input_ids hold {len(places)} image placeholders, expected {sum(lengths)} for "
-            f"{len(grids)} images "
-            f"of {sorted(set(lengths))} tokens: give one <image> per image and let the processor "
-            f"expand it"
+            f"{len(grids)} images of {sorted(set(lengths))} tokens: give one <image> per image and "
+            f"let the processor expand it"
         )
     parts = places.split(lengths)
     if any(len(part) and bool((part[:, 0] != part[0, 0]).any()) for part in parts):
         raise InputError(
             "an image's placeholders are spread over two rows, expected each image in one row: "
-            "order the "
-            "images as their placeholders stand in the batch"
+            "order the images as their placeholders stand in the batch"
         )
     return Images(
         grids=tuple(grids),

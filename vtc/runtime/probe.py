@@ -45,9 +45,8 @@ class EncoderSignals:
         }
         if self._windows and not encoder.has_cls:
             raise SignalError(
-                "this method scores patches by the attention of [CLS], expected an encoder with "
-                "a [CLS] token "
-                "but this one has none; choose a method without it (see `vtc methods`)"
+                "this method scores patches by the attention of [CLS], expected an encoder with a "
+                "[CLS] token but this one has none; choose a method without it (see `vtc methods`)"
             )
         if unknown := sorted({s.name for s in needs} - {"cls_row", "image_key"}):
             raise SignalError(
@@ -81,9 +80,8 @@ class EncoderSignals:
             missing = [b for b in window if b not in self._rows]
             if missing:
                 raise SignalError(
-                    f"signal {signal.name!r}: encoder blocks {missing} were not run in this "
-                    f"call; pass "
-                    f"pixel_values, not features computed before"
+                    f"signal {signal.name!r}: encoder blocks {missing} were not run in this call; "
+                    "pass pixel_values, not features computed before"
                 )
             rows = torch.stack([self._rows[b] for b in window], 1)
             if rows.shape[-1] != width:

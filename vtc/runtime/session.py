@@ -75,8 +75,7 @@ class Session:
         if inputs.get("vision_feature_layer") is not None:
             raise UnsupportedModeError(
                 "vision_feature_layer was given in a call, expected it in model.config only: set "
-                "it there before "
-                "vtc.patch"
+                "it there before vtc.patch"
             )
         return find_images(self.adapter, inputs, input_ids)
 
