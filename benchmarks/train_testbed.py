@@ -1,11 +1,12 @@
 """Trains the testbed's LLaVA on one GPU, in runs that resume from each other.
 
-    python benchmarks/train_testbed.py --minutes 9 --horizon 17.5 --out OUT1
-    python benchmarks/train_testbed.py --minutes 9 --horizon 17.5 --out OUT2 --resume OUT1
+    python benchmarks/train_testbed.py --minutes 9.5 --out OUT1
+    python benchmarks/train_testbed.py --minutes 5 --out OUT2 --resume OUT1 --rate 4e-4 --patch-loss 0
 
-The schedule follows the training time spent, of `--horizon` minutes over all runs, so a slower
-machine trains fewer steps of the same schedule. `OUT/train.jsonl` is the log. A run that reaches
-the horizon also writes the model in bf16 and tables of accuracy against kept image tokens.
+A run ends after `--minutes` of wall-clock time, start-up and compilation included, and its rate
+follows a cosine over the time it has: a slower machine trains fewer steps of the same schedule. So
+every run ends with a finished model, and a later one goes on from it. `OUT/train.jsonl` is the log,
+`OUT/model` the model in bf16.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from vtc.testbed.training import IMAGE_TOKENS, Batch, PackedTrainer, kind_hits, 
 KEEPS = (196, 98, 65, 43, 22, 11)
 # files of a checkpoint stay under 16 MiB
 FILE_BYTES = 15 * 2**20
-PATCH_LOSS, PATCH_UNTIL = 0.3, 0.4
+# the loss on single patches fades out over this share of a run
+PATCH_UNTIL = 0.4
+# seconds kept back for the checkpoint and the tables at the end
+RESERVE = 40.0
 
 
 def arguments() -> argparse.Namespace:
@@ -38,14 +42,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path)
-    parser.add_argument("--minutes", type=float, default=9.0, help="training time of this run")
-    parser.add_argument("--horizon", type=float, default=17.5, help="training time of all runs")
+    parser.add_argument("--minutes", type=float, default=9.5, help="wall-clock time of this run")
+    parser.add_argument("--patch-loss", type=float, default=0.3, help="weight at the start")
     parser.add_argument("--batch", type=int, default=512, help="pictures per step")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--check-every", type=int, default=1000)
-    parser.add_argument("--check-size", type=int, default=2048)
+    parser.add_argument("--check-every", type=int, default=1500)
+    parser.add_argument("--check-size", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="a toy model, to try the script")
     parser.add_argument("--fixed", action="store_true", help="one batch over and over, to try it")
@@ -128,9 +132,9 @@ def load_checkpoint(
 
 
 def rate_at(progress: float, steps_here: int, args: argparse.Namespace) -> float:
-    """Cosine over the training time, with a warm-up in steps at the start of every run."""
+    """Cosine over the time of this run, with a warm-up in steps at its start."""
     ramp = min(1.0, (steps_here + 1) / args.warmup)
-    return float(args.rate * ramp * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))))
+    return float(args.rate * ramp * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))))
 
 
 def accuracy(hits: dict[str, list[int]]) -> dict[str, float]:
@@ -162,8 +166,12 @@ def cls_scores(trainer: PackedTrainer, images: Tensor) -> Tensor:
     return score
 
 
+# compiled code would be compiled once more for it
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
-def check(trainer: PackedTrainer, batches: list[Batch], how: str = "full", kept: int = 196) -> dict[str, float]:
+def check(
+    trainer: PackedTrainer, batches: list[Batch], how: str = "full", kept: int = 196
+) -> dict[str, float]:
     """Accuracy by kind on `batches`, full, without a picture ("blank"), or keeping some tokens."""
     totals = {kind: [0, 0] for kind in ALL_KINDS}
     draw = torch.Generator(trainer.mask.device).manual_seed(kept)
@@ -197,8 +205,8 @@ def final_tables(trainer: PackedTrainer, batches: list[Batch], log: Log) -> None
             log(table=how, kept=kept, **check(trainer, batches, how, kept))
 
 
-def train(args: argparse.Namespace, log: Log) -> None:
-    """One run: as many steps as `--minutes` allow, then a checkpoint."""
+def train(args: argparse.Namespace, log: Log, began: float) -> None:
+    """One run: as many steps as the time allows, then a checkpoint, the model and its tables."""
     from transformers import AutoProcessor
 
     device = torch.device(args.device)
@@ -212,24 +220,33 @@ def train(args: argparse.Namespace, log: Log) -> None:
     state = {"step": 0, "seconds": 0.0}
     if args.resume:
         state = load_checkpoint(args.resume, trainer, optimizer)
-    shown = pictures.load("train", str(device))
-    generator = torch.Generator(device).manual_seed(1_000_003 * (args.seed + 1) + state["step"])
-    # validation comes from the CPU generator, so it is the same on every machine
-    held = torch.Generator().manual_seed(77)
-    size = min(args.check_size, 512)
-    cpu_tokens = QuestionTokens(processor.tokenizer)
+    batches = validation(processor.tokenizer, args.check_size, device)
+    log(step=state["step"], ready=time.perf_counter() - began)
+    run_steps(args, log, trainer, optimizer, state, tokens, batches, began + 60 * args.minutes)
+    save_checkpoint(args.out, trainer, optimizer, state)
+    trainer.model.to(torch.bfloat16).save_pretrained(args.out / "model")
+    # the tables are of the weights as stored
+    trainer.model.float()
+    final_tables(trainer, batches, log)
+    log(done=time.perf_counter() - began)
+
+
+def validation(tokenizer: Any, size: int, device: torch.device) -> list[Batch]:
+    """From the CPU's generator, so it is the same on every machine."""
+    held, tokens = torch.Generator().manual_seed(77), QuestionTokens(tokenizer)
+    part = min(size, 512)
     batches = [
-        make_batch(size, cpu_tokens, pictures.load("validation"), held)
-        for _ in range(args.check_size // size)
+        make_batch(part, tokens, pictures.load("validation"), held) for _ in range(size // part)
     ]
-    batches = [Batch(**{k: v.to(device) for k, v in vars(b).items()}) for b in batches]
-    step = run_steps(args, log, trainer, optimizer, state, lambda: make_batch(args.batch, tokens, shown, generator), batches)
-    with torch.autocast(device.type, torch.bfloat16):
-        log(step=step, check="full", **check(trainer, batches))
-        log(step=step, check="blank", **check(trainer, batches, "blank"))
-    save_checkpoint(args.out, trainer, optimizer, {"step": step, "seconds": state["seconds"]})
-    if state["seconds"] >= 60 * args.horizon - 1:
-        finish(args, log, trainer, batches)
+    return [Batch(**{k: v.to(device) for k, v in vars(b).items()}) for b in batches]
+
+
+def compile_blocks(trainer: PackedTrainer) -> None:
+    """Compiles each block in place: equal ones share one graph, so it takes seconds."""
+    tower = trainer.model.model.vision_tower
+    blocks = [*getattr(tower, "vision_model", tower).encoder.layers]
+    for block in [*blocks, *trainer.model.model.language_model.layers]:
+        block.compile()
 
 
 def run_steps(
@@ -238,66 +255,55 @@ def run_steps(
     trainer: PackedTrainer,
     optimizer: torch.optim.AdamW,
     state: dict[str, Any],
-    next_batch: Any,
+    tokens: QuestionTokens,
     batches: list[Batch],
-) -> int:
-    """The training loop; updates `state["seconds"]` and returns the step reached."""
+    deadline: float,
+) -> None:
+    """The training loop, until shortly before `deadline`; updates `state`."""
     device = torch.device(args.device)
-    step, start, before = state["step"], None, state["seconds"]
-    forward = trainer if args.eager else torch.compile(trainer)
+    if not args.eager:
+        compile_blocks(trainer)
+    shown = pictures.load("train", str(device))
+    generator = torch.Generator(device).manual_seed(1_000_003 * (args.seed + 1) + state["step"])
+    fixed = make_batch(args.batch, tokens, shown, generator) if args.fixed else None
     patch_weight = torch.zeros((), device=device)
-    fixed = next_batch() if args.fixed else None
-    steps_here, since, shown = 0, time.perf_counter(), 0
-    while True:
-        # the clock starts after compilation
-        if steps_here == 3:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            start = since = time.perf_counter()
-            log(step=step, compiled=True)
-        spent = 0.0 if start is None else time.perf_counter() - start
-        state["seconds"] = before + spent
-        if spent >= 60 * args.minutes or state["seconds"] >= 60 * args.horizon:
-            break
-        progress = state["seconds"] / (60 * args.horizon)
+    first, before = state["step"], state["seconds"]
+    start = since = time.perf_counter()
+    while (now := time.perf_counter()) < deadline - RESERVE:
+        progress = (now - start) / (deadline - RESERVE - start)
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(progress, steps_here, args)
-        patch_weight.fill_(PATCH_LOSS * max(0.0, 1 - progress / PATCH_UNTIL))
-        batch = fixed or next_batch()
+            group["lr"] = rate_at(progress, state["step"] - first, args)
+        patch_weight.fill_(args.patch_loss * max(0.0, 1 - progress / PATCH_UNTIL))
+        batch = fixed or make_batch(args.batch, tokens, shown, generator)
         with torch.autocast(device.type, torch.bfloat16):
-            losses = forward(batch, patch_weight)
+            losses = trainer(batch, patch_weight)
         losses["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, steps_here = step + 1, steps_here + 1
-        if step % args.log_every == 0:
+        state["step"] += 1
+        if state["step"] % args.log_every == 0:
             values = {k: float(losses[k].detach()) for k in ("loss", "answer", "labels", "patch")}
-            now = time.perf_counter()
-            pace = (now - since) / (steps_here - shown) * 1000
-            since, shown = now, steps_here
+            state["seconds"] = before + time.perf_counter() - start
+            pace, since = (time.perf_counter() - since) / args.log_every, time.perf_counter()
             hits = {k: list(v) for k, v in kind_hits(losses["hit"], batch.targets).items()}
-            log(step=step, seconds=state["seconds"], ms=pace, norm=float(norm), **values, train=accuracy(hits))
-        if step % args.check_every == 0:
+            log(**state, ms=1000 * pace, norm=float(norm), **values, train=accuracy(hits))
+        if state["step"] % args.check_every == 0:
             with torch.autocast(device.type, torch.bfloat16):
-                log(step=step, check="full", **check(trainer, batches))
-    return int(step)
-
-
-def finish(args: argparse.Namespace, log: Log, trainer: PackedTrainer, batches: list[Batch]) -> None:
-    """Writes the model in bf16 and logs how it does as stored."""
-    trainer.model.to(torch.bfloat16).save_pretrained(args.out / "model")
-    trainer.model.float()
-    final_tables(trainer, batches, log)
+                log(step=state["step"], check="full", **check(trainer, batches))
+    state["seconds"] = before + time.perf_counter() - start
 
 
 def main() -> None:
     """Runs one time-boxed piece of the training."""
+    began = time.perf_counter()
     args = arguments()
     log = Log(args.out / "train.jsonl")
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
-    log(device=name, torch=torch.__version__, batch=args.batch, rate=args.rate, horizon=args.horizon)
-    train(args, log)
+    log(
+        device=name, torch=torch.__version__, batch=args.batch, rate=args.rate, minutes=args.minutes
+    )
+    train(args, log, began)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,9 @@ def _relabel(kind: str, scene: Scene, leader: Tensor, turn: Tensor) -> Scene:
     pairs = 2 if kind == "relation" else 1 if kind not in ("number", "digit") else 0
     for i in range(pairs):
         for table, column, active in ((colors, 2 * i, by_color), (shapes, 2 * i + 1, by_shape)):
-            target = torch.where(active, wanted[:, column], table.gather(1, own[:, column, None])[:, 0])
+            target = torch.where(
+                active, wanted[:, column], table.gather(1, own[:, column, None])[:, 0]
+            )
             _swap(table, own[:, column], target)
     return scene.replace(
         color=colors.gather(1, scene.color),

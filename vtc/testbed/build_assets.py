@@ -65,7 +65,9 @@ def tiles(photo: Image.Image) -> list[Image.Image]:
 
 def deal(count: int) -> list[str]:
     """The split of each of `count` cuts of one photograph: about 70 % train, 10 % validation."""
-    return ["test" if i % 5 == 2 else "validation" if i % 10 == 6 else "train" for i in range(count)]
+    return [
+        "test" if i % 5 == 2 else "validation" if i % 10 == 6 else "train" for i in range(count)
+    ]
 
 
 def save_backgrounds(folder: Path) -> dict[str, int]:

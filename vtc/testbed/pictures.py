@@ -84,7 +84,10 @@ def _polygon(x: Tensor, y: Tensor, corners: list[tuple[float, float]]) -> Tensor
 
 def _around(radii: list[float], start: float = -math.pi / 2) -> list[tuple[float, float]]:
     step = 2 * math.pi / len(radii)
-    return [(r * math.cos(start + i * step), r * math.sin(start + i * step)) for i, r in enumerate(radii)]
+    return [
+        (r * math.cos(start + i * step), r * math.sin(start + i * step))
+        for i, r in enumerate(radii)
+    ]
 
 
 def _heart(x: Tensor, y: Tensor) -> Tensor:
@@ -92,7 +95,8 @@ def _heart(x: Tensor, y: Tensor) -> Tensor:
     outline = [
         (
             0.06 * 16 * math.sin(t) ** 3,
-            -0.06 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)),
+            -0.06
+            * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)),
         )
         for t in turns
     ]

@@ -173,7 +173,11 @@ def _relation(scene: Scene) -> Questions:
     forward = torch.where(vertical, gap[:, 1], gap[:, 0]) > 0
     answer = torch.where(forward == after.bool(), YES, NO)
     fillers = torch.stack(
-        [values.gather(1, i[:, None])[:, 0] for i in (one, two) for values in (scene.color, scene.shape)],
+        [
+            values.gather(1, i[:, None])[:, 0]
+            for i in (one, two)
+            for values in (scene.color, scene.shape)
+        ],
         1,
     )
     spots = torch.arange(PLACES, device=one.device)

@@ -14,7 +14,6 @@ from vtc.testbed.pictures import REACH, Pictures
 from vtc.testbed.scenes import DIGIT_PLACE, NUMBER_PLACE, OBJECTS, SIZE, Scene
 
 
-
 CLUTTER = 4
 
 
@@ -43,7 +42,9 @@ def _rand(*shape: int, generator: torch.Generator) -> Tensor:
     return torch.rand(*shape, generator=generator, device=generator.device)
 
 
-def _background(size: int, pictures: Pictures, generator: torch.Generator, contrast: float) -> Tensor:
+def _background(
+    size: int, pictures: Pictures, generator: torch.Generator, contrast: float
+) -> Tensor:
     """Two of three scenes lie on a cut of a photograph, the others on a smooth texture."""
     draw = _rand(size, 9, generator=generator)
     tiles, edge = pictures.tiles, pictures.tiles.shape[1]
@@ -97,9 +98,7 @@ def _local(scene: Scene, first: int, last: int) -> Tensor:
     return torch.stack([cos * x + sin * y, cos * y - sin * x], -1)
 
 
-def _objects(
-    scene: Scene, pictures: Pictures, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _objects(scene: Scene, pictures: Pictures, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Painted objects premultiplied [B, 3, S, S] and the cover of each [B, O, S, S]."""
     radius = scene.half[:, :OBJECTS, 0]
     grid = _local(scene, 0, OBJECTS) / (REACH * radius[..., None, None, None])

@@ -18,7 +18,13 @@ from vtc.testbed.scenes import OBJECTS
 from vtc.testbed.vocabulary import ANSWERS, CAPTION, COLORS, PLURALS, SHAPES, TEMPLATES
 
 # where each placeholder takes its word from: (column of `fillers`, words)
-_SLOTS = {"c": (0, COLORS), "s": (1, SHAPES), "ss": (1, PLURALS), "d": (2, COLORS), "t": (3, SHAPES)}
+_SLOTS = {
+    "c": (0, COLORS),
+    "s": (1, SHAPES),
+    "ss": (1, PLURALS),
+    "d": (2, COLORS),
+    "t": (3, SHAPES),
+}
 _CODES = {name: -2 - i for i, name in enumerate(_SLOTS)}
 PAD_TARGET = -100
 
@@ -54,7 +60,9 @@ class QuestionTokens:
     def _one(self, word: str) -> int:
         ids = self._ids(word)
         if len(ids) != 1:
-            raise ValueError(f"tokenizer: {word!r} is {len(ids)} tokens, expected 1: train it on all words")
+            raise ValueError(
+                f"tokenizer: {word!r} is {len(ids)} tokens, expected 1: train it on all words"
+            )
         return ids[0]
 
     def _table(self, kind: str) -> tuple[Tensor, Tensor]:
