@@ -1,7 +1,7 @@
 """Trains the testbed's LLaVA on one GPU, in runs that resume from each other.
 
     python benchmarks/train_testbed.py --minutes 9.5 --out OUT1
-    python benchmarks/train_testbed.py --minutes 5 --out OUT2 --resume OUT1 --rate 4e-4 --patch-loss 0
+    python benchmarks/train_testbed.py --minutes 5 --out OUT2 --resume OUT1 --rate 4e-4
 
 A run ends after `--minutes` of wall-clock time, start-up and compilation included, and its rate
 follows a cosine over the time it has: a slower machine trains fewer steps of the same schedule. So
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vtc import ops
 from vtc.testbed import pictures
 from vtc.testbed.model import build_model, model_folder
 from vtc.testbed.questions import ALL_KINDS
@@ -160,8 +161,7 @@ def cls_scores(trainer: PackedTrainer, images: Tensor) -> Tensor:
             heads = attention.num_heads
             q = attention.q_proj(y[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
             k = attention.k_proj(y).unflatten(-1, (heads, -1)).transpose(1, 2)
-            row = (q @ k.transpose(-1, -2) * attention.scale).softmax(-1)
-            score = score + row[:, :, 0, 1:].mean(1)
+            score = score + ops.attention_rows(q, k, attention.scale)[:, 0, 1:]
         x = block(x, None)
     return score
 

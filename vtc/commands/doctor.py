@@ -113,7 +113,7 @@ def _testbed() -> Finding:
     folder = testbed.model_folder("llava")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
-        fix = "install a wheel that has it, or train it: python -m vtc.testbed.training"
+        fix = "install a wheel that has it, or train it: benchmarks/train_testbed.py"
         return Finding("testbed model", "broken", "not in this installation", fix)
     size = sum(w.stat().st_size for w in weights) / 2**20
     return Finding("testbed model", "ok", f"llava, {size:.0f} MiB")

@@ -8,6 +8,7 @@ assets/LICENSES.md. Needs scikit-image and scikit-learn; nothing else in the tes
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -124,7 +125,7 @@ def main() -> None:
     """Writes every asset and prints what was stored."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     counts = save_backgrounds(FOLDER)
-    arrays = {"printed": printed_digits(), **handwritten_digits()}
+    arrays: dict[str, Any] = {"printed": printed_digits(), **handwritten_digits()}
     np.savez_compressed(FOLDER / "digits.npz", **arrays)
     print("background tiles:", counts)
     print({name: array.shape for name, array in arrays.items()})

@@ -100,7 +100,7 @@ def build_tokenizer() -> Any:
 
 
 def build_processor() -> LlavaProcessor:
-    """The stock processor over that tokenizer: 112 pixels, CLIP's normalization, a chat template."""
+    """The stock processor over it: 112 pixels, CLIP's normalization, a chat template."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     pixels = {"height": SIZE, "width": SIZE}

@@ -13,7 +13,6 @@ from torch import Tensor
 from vtc.testbed.pictures import REACH, Pictures
 from vtc.testbed.scenes import DIGIT_PLACE, NUMBER_PLACE, OBJECTS, SIZE, Scene
 
-
 CLUTTER = 4
 
 

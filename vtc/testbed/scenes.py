@@ -98,7 +98,7 @@ class Scene:
         return dataclasses.replace(self, **changes)
 
     def boxes(self) -> Tensor:
-        """Bounding boxes x0, y0, x1, y1 of every place, whole pixels inside the image, [B, P, 4]."""
+        """Bounding boxes x0, y0, x1, y1 of every place, whole pixels in the image, [B, P, 4]."""
         low, high = self.center - self.half, self.center + self.half
         return torch.cat([low.floor(), high.ceil()], -1).clamp(0, SIZE).long()
 

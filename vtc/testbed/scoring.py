@@ -14,7 +14,7 @@ GRAY = (127, 127, 127)
 
 
 def one_word(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
-    """Right or wrong, in all and under the question's kind; case, space and a full stop are free."""
+    """Right or wrong, overall and under the kind; case, space and a full stop are free."""
     right = float(_plain(results[0]) == _plain(doc["answer"]))
     return {"accuracy": right, f"accuracy_{doc['kind']}": right}
 

@@ -120,7 +120,7 @@ class QuestionTokens:
         return self._answered(table[template], length[template], targets)
 
     def _answered(self, ids: Tensor, length: Tensor, targets: Tensor) -> Slot:
-        """Writes the answer behind the question; its first token is predicted by the last of that."""
+        """Writes the answer behind the question, whose last token predicts its first."""
         at = length[:, None] - 1 + torch.arange(targets.shape[1], device=ids.device)
         ids = ids.scatter(1, at + 1, torch.where(targets < 0, self.pad, targets))
         return Slot(ids, at, targets)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vtc.testbed import questions as q
 from vtc.testbed import scenes
@@ -122,6 +123,27 @@ def _answerable(scene: scenes.Scene, kind: str) -> Tensor:
     return scene.present[:, places.get(kind, 0)]
 
 
+def _packing(tokens: QuestionTokens) -> tuple[Tensor, Tensor]:
+    """Who sees whom in the packed sequence `bool[S, S]`, and its position ids `[S]`."""
+    shared = len(tokens.prefix) + IMAGE_TOKENS
+    lengths = [*(tokens.length(kind) for kind in q.ALL_KINDS), _padding(tokens)]
+    slot = torch.cat([torch.full((n,), i) for i, n in enumerate([shared, *lengths])])
+    place = torch.cat([torch.arange(shared), *[shared + torch.arange(n) for n in lengths]])
+    order = torch.arange(len(slot))
+    seen = (slot[:, None] == slot) | (slot == 0)
+    return seen & (order[:, None] >= order), place
+
+
+def _answer_weights() -> Tensor:
+    """The weight of every target `[n]`: each kind counts the same, whatever its tokens."""
+    counts = [2] * len(KIND_NAMES) + [2 * scenes.OBJECTS]
+    counts[KIND_NAMES.index("number")] = 3
+    weights = [1.0] * len(KIND_NAMES) + [CAPTION_WEIGHT]
+    widths = [3] * len(KIND_NAMES) + [3 * scenes.OBJECTS]
+    each = [torch.full((w,), x / c) for w, x, c in zip(widths, weights, counts, strict=True)]
+    return torch.cat(each) / sum(weights)
+
+
 class PackedTrainer(nn.Module):
     """A stock LLaVA with heads that are thrown away, and the losses of one batch.
 
@@ -130,6 +152,14 @@ class PackedTrainer(nn.Module):
     `patch_head` reads single patches at the tap; its loss only speeds up the first steps.
     """
 
+    # buffers: [1, 1, S, S], [1, S], [1, prefix], [3, 1, 1] twice, [n]
+    mask: Tensor
+    positions: Tensor
+    prefix: Tensor
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+
     def __init__(self, model: Any, tokens: QuestionTokens) -> None:
         """Adds the heads and the mask of the packed sequence to `model`."""
         super().__init__()
@@ -137,28 +167,17 @@ class PackedTrainer(nn.Module):
         width = model.config.vision_config.hidden_size
         self.label_heads = nn.ModuleList([nn.Linear(width, LABELS) for _ in range(2)])
         self.patch_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(PATCH_CLASSES)))
-        prefix = len(tokens.prefix)
-        shared = prefix + IMAGE_TOKENS
-        lengths = [*(tokens.length(kind) for kind in q.ALL_KINDS), _padding(tokens)]
-        slot = torch.cat([torch.full((n,), i) for i, n in enumerate([shared, *lengths])])
-        place = torch.cat([torch.arange(shared), *[shared + torch.arange(n) for n in lengths]])
-        order = torch.arange(len(slot))
-        seen = (slot[:, None] == slot) | (slot == 0)
-        mask = seen & (order[:, None] >= order)
-        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
-        std = torch.tensor([0.26862954, 0.26130258, 0.27577711])
-        self.register_buffer("mask", mask[None, None], persistent=False)
-        self.register_buffer("positions", place[None], persistent=False)
-        self.register_buffer("prefix", torch.tensor([tokens.prefix]), persistent=False)
-        self.register_buffer("mean", mean[:, None, None], persistent=False)
-        self.register_buffer("std", std[:, None, None], persistent=False)
-        # answer loss: every kind counts the same, whatever its number of tokens
-        counts = [2] * len(KIND_NAMES) + [2 * scenes.OBJECTS]
-        counts[KIND_NAMES.index("number")] = 3
-        weights = [1.0] * len(KIND_NAMES) + [CAPTION_WEIGHT]
-        widths = [3] * len(KIND_NAMES) + [3 * scenes.OBJECTS]
-        each = [torch.full((w,), x / c) for w, x, c in zip(widths, weights, counts, strict=True)]
-        self.register_buffer("weight", torch.cat(each) / sum(weights), persistent=False)
+        mask, positions = _packing(tokens)
+        constants = {
+            "mask": mask[None, None],
+            "positions": positions[None],
+            "prefix": torch.tensor([tokens.prefix]),
+            "mean": torch.tensor(OPENAI_CLIP_MEAN)[:, None, None],
+            "std": torch.tensor(OPENAI_CLIP_STD)[:, None, None],
+            "weight": _answer_weights(),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
 
     def tower(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Output of the block before the last, and of the last: [B, 1 + T, width] each."""
@@ -194,7 +213,8 @@ class PackedTrainer(nn.Module):
         ).last_hidden_state
         at = at + prefix.shape[1] + image.shape[1]
         rows = out.gather(1, at[..., None].expand(-1, -1, out.shape[-1]))
-        return self.model.lm_head(rows)
+        scores: Tensor = self.model.lm_head(rows)
+        return scores
 
     def forward(self, batch: Batch, patch_weight: Tensor) -> dict[str, Tensor]:
         """Losses by name; `loss` is the one to minimize. `hit` [B, n] marks right tokens."""

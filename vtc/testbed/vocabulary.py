@@ -1,4 +1,4 @@
-"""The words of the testbed: what a scene may hold, how questions are phrased, what answers exist."""
+"""The words of the testbed: what a scene may hold, how questions are phrased, the answers."""
 
 from __future__ import annotations
 
