@@ -8,12 +8,14 @@ import json
 import shlex
 
 from vtc.commands import models
+from vtc.evaluation.evaluate import require_extra
 from vtc.evaluation.sweep import SweepConfig
 from vtc.evaluation.sweep import run as run_sweep
 
 
 def run(args: argparse.Namespace) -> int:
     """Run or resume the sweep, print its table and where the report lies."""
+    require_extra()
     models.quiet()
     names = {field.name for field in dataclasses.fields(SweepConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}

@@ -49,6 +49,8 @@ def write_tasks(folder: str | Path, questions: int = 2000) -> Path:
 def _parquet(found: Sequence[Example]) -> bytes:
     try:
         import datasets
+        import pyarrow
+        from pyarrow import parquet
     except ImportError as error:
         raise VtcError(
             f"{error.name} is not installed, expected the eval extra; "
@@ -71,7 +73,8 @@ def _parquet(found: Sequence[Example]) -> bytes:
         "evidence": [[list(box) for box in e.evidence] for e in found],
     }
     buffer = io.BytesIO()
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(buffer)
+    # the schema says which column is a picture
+    parquet.write_table(pyarrow.Table.from_pydict(columns, features.arrow_schema), buffer)
     return buffer.getvalue()
 
 
