@@ -34,8 +34,6 @@ KEEPS = (196, 98, 65, 43, 22, 11)
 FILE_BYTES = 15 * 2**20
 # the loss on single patches fades out over this share of a run
 PATCH_UNTIL = 0.4
-# seconds kept back for the checkpoint and the tables at the end
-RESERVE = 40.0
 
 
 def arguments() -> argparse.Namespace:
@@ -44,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--minutes", type=float, default=9.5, help="wall-clock time of this run")
+    parser.add_argument("--reserve", type=float, default=40.0, help="seconds for the last tables")
     parser.add_argument("--patch-loss", type=float, default=0.3, help="weight at the start")
     parser.add_argument("--batch", type=int, default=512, help="pictures per step")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
@@ -222,7 +221,16 @@ def train(args: argparse.Namespace, log: Log, began: float) -> None:
         state = load_checkpoint(args.resume, trainer, optimizer)
     batches = validation(processor.tokenizer, args.check_size, device)
     log(step=state["step"], ready=time.perf_counter() - began)
-    run_steps(args, log, trainer, optimizer, state, tokens, batches, began + 60 * args.minutes)
+    run_steps(
+        args,
+        log,
+        trainer,
+        optimizer,
+        state,
+        tokens,
+        batches,
+        began + 60 * args.minutes - args.reserve,
+    )
     save_checkpoint(args.out, trainer, optimizer, state)
     trainer.model.to(torch.bfloat16).save_pretrained(args.out / "model")
     # the tables are of the weights as stored
@@ -249,6 +257,11 @@ def compile_blocks(trainer: PackedTrainer) -> None:
         block.compile()
 
 
+def low_precision(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU; a CPU without matrix units for it would take minutes for a step."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def run_steps(
     args: argparse.Namespace,
     log: Log,
@@ -259,7 +272,7 @@ def run_steps(
     batches: list[Batch],
     deadline: float,
 ) -> None:
-    """The training loop, until shortly before `deadline`; updates `state`."""
+    """The training loop, until `deadline`; updates `state`."""
     device = torch.device(args.device)
     if not args.eager:
         compile_blocks(trainer)
@@ -269,13 +282,13 @@ def run_steps(
     patch_weight = torch.zeros((), device=device)
     first, before = state["step"], state["seconds"]
     start = since = time.perf_counter()
-    while (now := time.perf_counter()) < deadline - RESERVE:
-        progress = (now - start) / (deadline - RESERVE - start)
+    while (now := time.perf_counter()) < deadline:
+        progress = (now - start) / (deadline - start)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, state["step"] - first, args)
         patch_weight.fill_(args.patch_loss * max(0.0, 1 - progress / PATCH_UNTIL))
         batch = fixed or make_batch(args.batch, tokens, shown, generator)
-        with torch.autocast(device.type, torch.bfloat16):
+        with low_precision(device):
             losses = trainer(batch, patch_weight)
         losses["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
@@ -289,7 +302,7 @@ def run_steps(
             hits = {k: list(v) for k, v in kind_hits(losses["hit"], batch.targets).items()}
             log(**state, ms=1000 * pace, norm=float(norm), **values, train=accuracy(hits))
         if state["step"] % args.check_every == 0:
-            with torch.autocast(device.type, torch.bfloat16):
+            with low_precision(device):
                 log(step=state["step"], check="full", **check(trainer, batches))
     state["seconds"] = before + time.perf_counter() - start
 
