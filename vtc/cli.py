@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import sys
@@ -95,23 +96,43 @@ def _doctor(commands: Any) -> None:
 
 
 def _sweep(commands: Any) -> None:
+    from vtc.evaluation.sweep import SweepConfig
+
+    defaults = {field.name: field.default for field in dataclasses.fields(SweepConfig)}
+
+    def by_default(name: str) -> str:
+        value = defaults[name]
+        return f"(default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
+
     p = _command(commands, "sweep", "methods x keep: accuracy against tokens kept, as a report")
+    # what is not given is left out, so that the defaults are written in one place
     p.argument_default = argparse.SUPPRESS
     p.add_argument("--model", help="folder or hub id (default: the testbed's model)")
-    p.add_argument("--out", type=Path, help="folder of the results; a second run goes on there")
-    p.add_argument("--methods", nargs="+", metavar="METHOD", help=_METHOD)
-    p.add_argument("--keep", dest="keeps", nargs="+", type=_keep, metavar="KEEP", help=_KEEP)
-    p.add_argument("--positions", nargs="+", choices=_POSITIONS)
-    p.add_argument("--questions", type=_whole(1), help="questions of each task")
-    p.add_argument("--seeds", nargs="+", type=_whole(0), metavar="SEED", help="of `random`")
-    p.add_argument("--tasks", nargs="+", metavar="TASK", help="lmms-eval tasks")
+    out = "folder of the results; a second run goes on there"
+    p.add_argument("--out", type=Path, help=f"{out} {by_default('out')}")
+    methods = f"{_METHOD}; the baselines are added {by_default('methods')}"
+    p.add_argument("--methods", nargs="+", metavar="METHOD", help=methods)
+    keep = f"{_KEEP} {by_default('keeps')}"
+    p.add_argument("--keep", dest="keeps", nargs="+", type=_keep, metavar="KEEP", help=keep)
+    p.add_argument(
+        "--positions", nargs="+", choices=_POSITIONS, help=f"policies {by_default('positions')}"
+    )
+    questions = f"questions of each task {by_default('questions')}"
+    p.add_argument("--questions", type=_whole(1), help=questions)
+    seeds = f"of `random` {by_default('seeds')}"
+    p.add_argument("--seeds", nargs="+", type=_whole(0), metavar="SEED", help=seeds)
+    tasks = f"lmms-eval tasks {by_default('tasks')}"
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help=tasks)
     p.add_argument("--include-path", type=Path, help="folder of lmms-eval task files")
     p.add_argument("--metric", help="the key of a question's score (default: found by itself)")
     p.add_argument("--device", help="cpu, cuda, ... (default: CUDA where there is one)")
-    p.add_argument("--dtype")
-    p.add_argument("--batch-size", type=_whole(1))
-    p.add_argument("--timed-samples", type=_whole(0), help="questions that are timed one by one")
-    p.add_argument("--pictures", type=_whole(0), help="pictures in the report")
+    p.add_argument("--dtype", help="default: the checkpoint's on a GPU, float32 on a CPU")
+    batch = f"questions per call {by_default('batch_size')}"
+    p.add_argument("--batch-size", type=_whole(1), help=batch)
+    timed = f"questions that are timed one by one {by_default('timed_samples')}"
+    p.add_argument("--timed-samples", type=_whole(0), help=timed)
+    pictures = f"pictures in the report {by_default('pictures')}"
+    p.add_argument("--pictures", type=_whole(0), help=pictures)
 
 
 def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
