@@ -9,7 +9,6 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,8 +16,18 @@ import vtc
 from vtc.evaluation.loading import Loaded
 
 _PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy")
-# parts of the package that only show numbers
-_SHOWN_ONLY = ("cli.py", "viz.py", "evaluation", "testbed")
+# parts of the package that no answer, score or count comes from, with these files as exceptions;
+# the testbed's pictures and questions are seen as files
+_SHOWN_ONLY = ("cli.py", "viz.py", "commands", "evaluation", "testbed")
+_MEASURING = (
+    "evaluation/compression.py",
+    "evaluation/evaluate.py",
+    "evaluation/loading.py",
+    "evaluation/measure.py",
+    "evaluation/model.py",
+    "testbed/examples.py",
+    "testbed/scoring.py",
+)
 _READ_WHOLE = 64 * 2**20
 
 
@@ -32,7 +41,7 @@ def fingerprint(loaded: Loaded, data: Path | None) -> dict[str, str]:
         "model": _model(loaded),
         "dtype": str(loaded.model.dtype),
         "device": loaded.model.device.type,
-        "questions": _hash(sorted(data.rglob("*.parquet")), data) if data else "by name",
+        "questions": _hash(_task_files(data), data) if data else "by name",
     }
 
 
@@ -41,7 +50,8 @@ def environment() -> dict[str, str]:
     found = {"vtc": vtc.__version__, "python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     found["system"] = platform.platform(terse=True)
-    found["cpu"] = f"{_cpu()}, {torch.get_num_threads()} threads"
+    found["cpu"] = _cpu()
+    found["threads"] = str(torch.get_num_threads())
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     if commit := _commit():
@@ -58,8 +68,14 @@ def _code() -> str:
         for file in sorted(package.rglob("*.py"))
         if package != root or file.relative_to(root).parts[0] not in _SHOWN_ONLY
     ]
-    files += [root / "evaluation" / name for name in ("model.py", "measure.py", "compression.py")]
-    return _hash(files)
+    return _hash([*files, *(root / name for name in _MEASURING)])
+
+
+def _task_files(folder: Path) -> list[Path]:
+    """Task files, scoring functions and questions; not what Python compiles beside them."""
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__"
+    )
 
 
 def _paths(package: str) -> list[str]:

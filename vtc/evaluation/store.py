@@ -18,22 +18,23 @@ _FREE_BYTES = 64 * 2**20
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` and see that it takes files.
+    """See that `folder`, or the nearest folder above it that exists, takes files; leaves nothing.
 
     Raises:
         VtcError: it is a file, cannot be made or written, or its disk is full.
     """
+    whole = folder.absolute()
+    existing = next(path for path in (whole, *whole.parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(existing).free
     except OSError as error:
         raise VtcError(
-            f"out={str(folder)!r} cannot be written ({error.strerror or error}), expected a folder for "
-            f"results; pass another one"
+            f"out={str(folder)!r} cannot be written ({error.strerror or error}), expected a folder "
+            f"for results; pass another one"
         ) from None
     if free < _FREE_BYTES:
         raise VtcError(
@@ -72,8 +73,8 @@ class Cells:
 
     Args:
         folder: where they are.
-        fingerprint: of everything beside the settings that an answer depends on; a cell that was made
-            under another one counts as not there.
+        fingerprint: of everything beside the settings that an answer depends on; a cell that was
+            made under another one counts as not there.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
@@ -82,17 +83,15 @@ class Cells:
 
     def load(self, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """The summary of a finished cell, with its `samples`; None if it has to be run."""
-        path = self._path(settings, ".json")
         try:
-            cell: dict[str, Any] = json.loads(path.read_text())
-            lines = self._path(settings, ".samples.jsonl").read_text().splitlines()
+            cell = json.loads(self._path(settings, ".json").read_bytes())
+            data = self._path(settings, ".samples.jsonl").read_bytes()
         except (OSError, ValueError):
             return None
-        if cell.get("settings") != _plain(settings) or cell.get("fingerprint") != self.fingerprint:
+        expected = self._head(settings, data)
+        if not isinstance(cell, dict) or {key: cell.get(key) for key in expected} != expected:
             return None
-        if len(lines) != cell.get("n_samples"):
-            return None
-        return {**cell, "samples": [json.loads(line) for line in lines]}
+        return {**cell, "samples": [json.loads(line) for line in data.splitlines()]}
 
     def save(
         self,
@@ -101,14 +100,20 @@ class Cells:
         samples: Iterable[Mapping[str, Any]],
     ) -> None:
         """Write a cell; its JSON comes last and makes it count."""
-        lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
-        write(self._path(settings, ".samples.jsonl"), "".join(f"{line}\n" for line in lines))
-        head = {
+        data = "".join(f"{json.dumps(sample)}\n" for sample in samples).encode()
+        write(self._path(settings, ".samples.jsonl"), data)
+        write(self._path(settings, ".json"), to_json({**self._head(settings, data), **summary}))
+
+    def _head(self, settings: Mapping[str, Any], samples: bytes) -> dict[str, Any]:
+        """What a cell's JSON must say for the samples beside it to be believed."""
+        return {
             "settings": _plain(settings),
             "fingerprint": self.fingerprint,
-            "n_samples": len(lines),
+            "n_samples": samples.count(b"\n"),
+            # the two files are replaced one after the other: a stop in between leaves a pair that
+            # doesn't belong together
+            "samples_sha256": hashlib.sha256(samples).hexdigest(),
         }
-        write(self._path(settings, ".json"), to_json({**head, **summary}))
 
     def _path(self, settings: Mapping[str, Any], ending: str) -> Path:
         digest = hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest()
