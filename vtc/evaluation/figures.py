@@ -36,7 +36,7 @@ def accuracy_plot(summary: Sequence[Row], chance: Mapping[str, float]) -> dict[s
 
     tasks = list(dict.fromkeys(row["task"] for row in summary))
     # a figure of its own, not pyplot's: nothing global changes in the caller's process
-    figure = Figure(figsize=(8, 5.4 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(8, 5.8 * len(tasks)), layout="constrained")
     FigureCanvasAgg(figure)
     for i, task in enumerate(tasks):
         axes = figure.add_subplot(len(tasks), 1, i + 1)
@@ -64,33 +64,43 @@ def _panel(axes: Any, task: str, rows: Sequence[Row], chance: float | None) -> N
         dodge = 1 + _DODGE * (i - (len(found) - 1) / 2)
         _curve(axes, label, positions, points, colors[label], dodge)
     for full in (row for row in rows if row["method"] == FULL):
-        axes.axhline(
-            100 * full["accuracy"], color="black", lw=1, ls=(0, (6, 2)), label="full model"
-        )
-        axes.axhspan(
-            100 * full["accuracy_low"], 100 * full["accuracy_high"], color="black", alpha=0.06, lw=0
-        )
+        accuracy, (low, high) = 100 * full["accuracy"], _interval(full)
+        axes.axhline(accuracy, color="black", lw=1, ls=(0, (6, 2)), label="full model")
+        axes.axhspan(low, high, color="black", alpha=0.06, lw=0)
+        axes.plot([full["kept_fraction"]], [accuracy], "*", color="black", ms=11, zorder=4)
     if chance is not None:
         axes.axhline(100 * chance, color="black", lw=1, ls=":", label="guessing")
     _frame(axes, task, rows)
+    # below the axes: inside, some curve or line always runs through it
+    axes.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    """In percent; without width where there was one question."""
+    value = row["accuracy"]
+    low, high = row["accuracy_low"], row["accuracy_high"]
+    return 100 * (value if low is None else low), 100 * (value if high is None else high)
 
 
 def _curve(
     axes: Any, label: str, positions: str, points: Sequence[Row], color: str, dodge: float
 ) -> None:
-    x = [row["kept_fraction"] * (1 if row["method"] == FULL else dodge) for row in points]
-    y = [100 * row["accuracy"] for row in points]
-    below = [100 * (row["accuracy"] - row["accuracy_low"]) for row in points]
-    above = [100 * (row["accuracy_high"] - row["accuracy"]) for row in points]
+    own = [row for row in points if row["method"] != FULL]
+    x = [row["kept_fraction"] * dodge for row in own]
+    y = [100 * row["accuracy"] for row in own]
+    # a rounding error of a bar's length must not make it negative
+    below = [max(0.0, v - _interval(row)[0]) for v, row in zip(y, own, strict=True)]
+    above = [max(0.0, _interval(row)[1] - v) for v, row in zip(y, own, strict=True)]
     keeps = positions == "keep"
-    seeds = max(row["seeds"] for row in points)
+    seeds = max(row["seeds"] for row in own)
+    style: dict[str, Any] = {"color": color, "lw": 1.8, "ls": "-" if keeps else (0, (3, 1.5))}
+    for full in (row for row in points if row["method"] == FULL):
+        axes.plot([full["kept_fraction"], x[0]], [100 * full["accuracy"], y[0]], **style)
     axes.errorbar(
         x,
         y,
         yerr=(below, above),
-        color=color,
-        ls="-" if keeps else (0, (3, 1.5)),
-        lw=1.8,
+        **style,
         elinewidth=0.9,
         capsize=2,
         marker=_MARKERS.get(label, "o"),
@@ -118,4 +128,3 @@ def _frame(axes: Any, task: str, rows: Sequence[Row]) -> None:
     axes.set_title(f"{task}, {rows[0]['n']} questions", loc="left", fontsize=11)
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9, frameon=False, ncols=2, loc="best")

@@ -1,4 +1,4 @@
-"""What the numbers say in words: which simple baseline wins where, and which curve is not monotone."""
+"""What the numbers say in words: where a simple baseline wins, which curve is not monotone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SIMPLE = ("random", "downsample")
 
 
 def losses(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
-    """One sentence for every cell that `random` or `downsample` scores higher than."""
-    found = []
+    """One sentence for every curve that `random` or `downsample` scores higher than somewhere."""
+    found: dict[str, list[str]] = {}
     for row in summary:
         for simple in SIMPLE:
             other = _same_keep(summary, row, simple)
@@ -24,10 +24,9 @@ def losses(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
                 continue
             gap = _difference(frame, other, row)
             if gap.value > 0:
-                found.append(
-                    f"{_name(other)} scores higher than {_name(row)} at {_at(row)}: {_gap(gap)}"
-                )
-    return found
+                pair = f"{_name(other)} scores higher than {_name(row)}{_of(summary, row)}"
+                found.setdefault(pair, []).append(f"{_gap(gap)} at keep={row['keep']}")
+    return [f"{pair}: {'; '.join(gaps)}" for pair, gaps in found.items()]
 
 
 def bends(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
@@ -38,7 +37,8 @@ def bends(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
             gap = _difference(frame, fewer, more)
             if gap.low > 0:
                 found.append(
-                    f"{_name(fewer)} rises from {percent(more['kept_fraction'], 1)} to "
+                    f"{_name(fewer)}{_of(summary, fewer)} rises from "
+                    f"{percent(more['kept_fraction'], 1)} to "
                     f"{percent(fewer['kept_fraction'], 1)} of the tokens: {_gap(gap)}"
                 )
     return found
@@ -65,8 +65,9 @@ def _name(row: Row) -> str:
     return f"{row['label']} ({row['positions']}{seeds})"
 
 
-def _at(row: Row) -> str:
-    return f"keep={row['keep']}"
+def _of(summary: Sequence[Row], row: Row) -> str:
+    """The task, where there are several."""
+    return f" in {row['task']}" if len({other["task"] for other in summary}) > 1 else ""
 
 
 def _gap(gap: Interval) -> str:

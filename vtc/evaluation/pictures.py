@@ -14,6 +14,7 @@ from PIL import Image
 from vtc.evaluation.compression import Compression
 from vtc.evaluation.evaluate import quiet
 from vtc.evaluation.loading import Loaded
+from vtc.evaluation.printed import name
 from vtc.evaluation.table import FULL, RANDOM, Row, pick
 from vtc.types import Selection
 
@@ -57,12 +58,12 @@ def examples(
     frame: pd.DataFrame, summary: Sequence[Row], loaded: Loaded, task: Any, count: int
 ) -> list[Example]:
     """The first question of each of the first `count` kinds that have one picture."""
-    name = task.config.task
-    rows = rows_to_show(summary, name)
+    title = task.config.task
+    rows = rows_to_show(summary, title)
     docs = task.eval_docs
-    full = frame[(frame["task"] == name) & (frame["label"] == FULL)]
+    full = frame[(frame["task"] == title) & (frame["label"] == FULL)]
     firsts = full.drop_duplicates("kind") if full["kind"].notna().any() else full
-    found = []
+    found: list[Example] = []
     for sample in firsts.to_dict("records"):
         if len(found) == count:
             break
@@ -93,8 +94,7 @@ def _show(
     ]
     selection = _selection(sample, row, loaded, image)
     drawn = overlay(seen, selection, evidence=boxes)
-    title = "full model" if row["method"] == FULL else row["label"]
-    return Shown(title, _data_uri(drawn), str(sample["answer"]).strip(), sample["score"] >= 0.5)
+    return Shown(name(row), _data_uri(drawn), str(sample["answer"]).strip(), sample["score"] >= 0.5)
 
 
 def _selection(sample: pd.Series, row: Row, loaded: Loaded, image: Image.Image) -> Selection:

@@ -21,24 +21,30 @@ COLUMNS = (
 )
 # the screen has less room than the page
 _NOT_ON_SCREEN = ("tokens",)
-_SCREEN_WIDTH = 118
+# where a comparison would be one with itself
+_NONE = "—"
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the summary as text, in the order of `COLUMNS`; `n/a` where a number says nothing."""
+    """A row of the summary as text, in the order of `COLUMNS`; `n/a`: a number says nothing."""
     seeds = f" ×{row['seeds']}" if row["seeds"] > 1 else ""
     return [
-        "full model" if row["method"] == FULL else row["label"] + seeds,
-        "" if row["method"] == FULL else row["positions"],
-        "" if row["method"] == FULL else row["keep"],
+        name(row) + seeds,
+        row["positions"],
+        row["keep"],
         percent(row["kept_fraction"], 1),
         number(row["llm_tokens"], 0),
-        f"{100 * row['accuracy']:.1f} [{points(row, 'accuracy', signed=False)}]",
-        difference(row, "vs_full") if row["method"] != FULL else "",
-        difference(row, "vs_random") if row["method"] != FULL else "",
+        f"{100 * row['accuracy']:.1f} {interval(row, 'accuracy', signed=False)}",
+        difference(row, "vs_full") if row["method"] != FULL else _NONE,
+        difference(row, "vs_random"),
         evidence(row),
         number(row["ttft_ms"], 1),
     ]
+
+
+def name(row: Row) -> str:
+    """What a row's method is called."""
+    return "full model" if row["method"] == FULL else str(row["label"])
 
 
 def percent(value: float | None, digits: int) -> str:
@@ -51,48 +57,52 @@ def number(value: float | None, digits: int) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def points(row: Mapping[str, Any], name: str, signed: bool = True) -> str:
-    """The interval of `name`, in points."""
+def interval(row: Mapping[str, Any], name: str, signed: bool = True) -> str:
+    """The interval of `name`, in points; one question has none."""
     sign = "+" if signed else ""
-    low, high = (100 * row[f"{name}_{end}"] for end in ("low", "high"))
-    return f"{low:{sign}.1f}, {high:{sign}.1f}"
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "[n/a]" if low is None else f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
 def difference(row: Mapping[str, Any], name: str) -> str:
     """A paired difference and its interval, in points."""
     if row[name] is None:
-        return ""
-    return f"{100 * row[name]:+.1f} [{points(row, name)}]"
+        return _NONE
+    return f"{100 * row[name]:+.1f} {interval(row, name)}"
 
 
 def evidence(row: Row) -> str:
-    """Evidence recall; what merged tokens cover beside it where that is more."""
+    """Evidence recall; beside it what merged tokens cover, unless the method only merges."""
     text = percent(row["evidence_recall"], 0)
-    covered = row["evidence_covered"]
-    return f"{text} ({percent(covered, 0)} covered)" if covered is not None else text
+    if row["evidence_recall"] is None or row["evidence_covered"] is None:
+        return text
+    return f"{text} ({percent(row['evidence_covered'], 0)} covered)"
 
 
 def show(summary: Sequence[Row]) -> None:
     """Print one table per task."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    # narrower, every number would break over several lines
-    console.width = max(console.width, _SCREEN_WIDTH)
-    shown = [i for i, name in enumerate(COLUMNS) if name not in _NOT_ON_SCREEN]
     for task in dict.fromkeys(row["task"] for row in summary):
-        rows = [row for row in summary if row["task"] == task]
-        title = f"{task}, {rows[0]['n']} questions, 95 % intervals, differences paired by question"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for i in shown:
-            table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
-        for row, following in zip(rows, [*rows[1:], None], strict=True):
-            end = following is None or (row["label"], row["positions"]) != (
-                following["label"],
-                following["positions"],
-            )
-            texts = cells(row)
-            table.add_row(*(texts[i] for i in shown), end_section=end)
+        table = _table(task, [row for row in summary if row["task"] == task])
+        # a narrower screen breaks long lines; rich would cut the numbers
+        unlimited = console.options.update(max_width=1000)
+        console.width = max(console.width, console.measure(table, options=unlimited).maximum)
         console.print(table)
+
+
+def _table(task: str, rows: Sequence[Row]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    shown = [i for i, column in enumerate(COLUMNS) if column not in _NOT_ON_SCREEN]
+    title = f"{task}, {rows[0]['n']} questions, 95 % intervals, differences paired by question"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i in shown:
+        table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        texts = cells(row)
+        end = following is None or row["label"] != following["label"]
+        table.add_row(*(texts[i] for i in shown), end_section=end)
+    return table

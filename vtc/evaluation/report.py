@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -66,8 +67,8 @@ def _chance(frame: pd.DataFrame, task: str) -> float | None:
     from vtc.testbed import KINDS
 
     kinds = frame[(frame["task"] == task) & (frame["label"] == FULL)]["kind"]
-    values = [KINDS.get(kind) for kind in kinds]
-    return sum(values) / len(values) if values and None not in values else None
+    values = [KINDS[kind] for kind in kinds if kind in KINDS]
+    return sum(values) / len(values) if values and len(values) == len(kinds) else None
 
 
 def _page(
@@ -86,6 +87,8 @@ def _page(
     )
     full = [row for row in result.summary if row["method"] == FULL]
     return template.render(
+        model=_model_name(config.model),
+        command=config.command,
         config=config,
         tasks=[_task(result, row["task"]) for row in full],
         full=full,
@@ -105,19 +108,26 @@ def _page(
 
 def _task(result: SweepResult, task: str) -> dict[str, Any]:
     rows = [row for row in result.summary if row["task"] == task]
-    marks = [i for i in range(1, len(rows)) if _curve(rows[i]) != _curve(rows[i - 1])]
+    labels = [row["label"] for row in rows]
     return {
         "name": task,
         "rows": [
-            {"cells": printed.cells(row), "starts": i in marks, "strong": row["method"] == FULL}
-            for i, row in enumerate(rows)
+            {"cells": printed.cells(row), "starts": label != before, "strong": label == FULL}
+            for row, label, before in zip(rows, labels, [None, *labels], strict=False)
         ],
         "kinds": _kinds(rows_to_show(result.summary, task)),
     }
 
 
-def _curve(row: Row) -> tuple[str, str]:
-    return row["label"], row["positions"]
+def _model_name(model: str) -> str:
+    """A hub id as it is, a folder by its name: where it lies is nobody else's business."""
+    from vtc.testbed import model_folder
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    name = folder.resolve().name
+    return f"{name} of the testbed" if folder.resolve() == model_folder().resolve() else name
 
 
 def _kinds(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -130,7 +140,7 @@ def _kinds(rows: Sequence[Row]) -> dict[str, Any] | None:
         "names": [key.removeprefix("accuracy_").replace("_", " ") for key in names],
         "rows": [
             {
-                "name": "full model" if row["method"] == FULL else row["label"],
+                "name": printed.name(row),
                 "kept": printed.percent(row["kept_fraction"], 1),
                 "cells": [_shade(row.get(key)) for key in names],
             }

@@ -100,10 +100,10 @@ def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
 
 def _reference(frame: pd.DataFrame, of: pd.Series, method: str) -> pd.DataFrame:
     """The samples to compare with: the full model, or `random` at the same keep and positions."""
-    found = frame[(frame["task"] == of["task"]) & (frame["label"] == method)]
-    if method == FULL:
-        return found
-    return found[(found["keep"] == of["keep"]) & (found["positions"] == of["positions"])]
+    found: pd.DataFrame = frame[(frame["task"] == of["task"]) & (frame["label"] == method)]
+    if method != FULL:
+        found = found[(found["keep"] == of["keep"]) & (found["positions"] == of["positions"])]
+    return found
 
 
 def _difference(name: str, own: pd.Series, other: pd.DataFrame) -> Row:
@@ -114,7 +114,7 @@ def _difference(name: str, own: pd.Series, other: pd.DataFrame) -> Row:
 
 
 def _interval(name: str, interval: Interval | None) -> Row:
-    value, low, high = interval or (None, None, None)
+    value, low, high = map(_number, interval or (None, None, None))
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
