@@ -1,1 +1,1 @@
-"""Accuracy against tokens kept, through stock lmms-eval: the model `vtc`, the sweep and its report."""
+"""Accuracy against visual tokens kept: the lmms-eval model `vtc`, the sweep, its report."""

@@ -1,11 +1,11 @@
-"""What one run does to the model: a method with its options, how much it keeps, where, and the seed."""
+"""What one run does to the model: a method with its options, keep, positions and the seed."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import vtc
 from vtc.errors import OptionError
@@ -19,8 +19,8 @@ class Compression:
 
     Args:
         method: a registered name.
-        keep: a fraction in (0, 1], tokens per image, or their text (`"0.11"`, `"64tok"`); a bare 1 is
-            refused. None for methods that decide by themselves, and for `none`.
+        keep: a fraction in (0, 1], tokens per image, or their text (`"0.11"`, `"64tok"`); a bare 1
+            is refused. None for methods that decide by themselves, and for `none`.
         positions: `"keep"`, `"renumber"`, `"median"` or `"published"`.
         seed: for methods that draw.
         options: options of the method.
@@ -36,8 +36,7 @@ class Compression:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.keep is not None:
-            object.__setattr__(self, "keep", parse_keep(self.keep))
+        keep = None if self.keep is None else parse_keep(self.keep)
         object.__setattr__(self, "options", dict(self.options))
         if self.positions not in get_args(Positions):
             expected = ", ".join(get_args(Positions))
@@ -48,7 +47,7 @@ class Compression:
             raise OptionError(
                 f"seed={self.seed!r} is a {type(self.seed).__name__}; expected an int"
             )
-        object.__setattr__(self, "keep", self.build().check_keep(self.keep).keep)
+        object.__setattr__(self, "keep", self.build().check_keep(keep).keep)
 
     def build(self) -> Method:
         """The method with its options."""
@@ -56,7 +55,9 @@ class Compression:
 
     def patch(self, model: Any) -> Any:
         """`vtc.patch(model)` with these arguments; a handle to be used as a context manager."""
-        return vtc.patch(model, self.build(), self.keep, positions=self.positions, seed=self.seed)
+        keep = cast("float | int | None", self.keep)
+        positions = cast("Positions", self.positions)
+        return vtc.patch(model, self.build(), keep, positions=positions, seed=self.seed)
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""One run of stock lmms-eval in this process: it builds the prompts' questions and scores the answers."""
+"""One run of stock lmms-eval in this process: it asks the questions and scores the answers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list[Any]:
         found = get_task_dict(list(names), manager, "chat")
     except Exception as error:
         raise InputError(
-            f"the questions of {', '.join(names)} could not be loaded: {type(error).__name__}: {error}"
+            f"the questions of {', '.join(names)} could not be loaded: "
+            f"{type(error).__name__}: {error}"
         ) from error
     return [output.task for output in get_task_list(found)]
 
@@ -80,28 +81,33 @@ def evaluate(model: Any, tasks: Sequence[Any], questions: int | None = None) -> 
 
     Raises:
         SampleError: a sample failed; there are no results then.
-        VtcError: lmms-eval gave none, or not as many samples as questions.
+        VtcError: lmms-eval stopped, gave none, or not as many samples as questions.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    results = simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        # the tasks are loaded; without this one, all of lmms-eval's are indexed again (5 s)
-        task_manager=TaskManager(include_defaults=False),
-        limit=questions,
-        bootstrap_iters=0,
-        process_docs_parallel=1,
-    )
+    try:
+        results = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            # the tasks are loaded; without this one, all of lmms-eval's are indexed again (5 s)
+            task_manager=TaskManager(include_defaults=False),
+            limit=questions,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+        )
+    except VtcError:
+        raise
+    except Exception as error:
+        raise VtcError(f"lmms-eval stopped: {type(error).__name__}: {error}") from error
     if not results or not results.get("samples"):
         raise VtcError("lmms-eval returned no samples, so there is nothing to report")
     for task, samples in results["samples"].items():
         expected = results["n-samples"][task]["effective"]
         if len(samples) != expected:
             raise VtcError(
-                f"lmms-eval scored {len(samples)} of {expected} questions of {task}, so no accuracy is "
-                f"reported"
+                f"lmms-eval scored {len(samples)} of {expected} questions of {task}, so no "
+                f"accuracy is reported"
             )
     return dict(results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def load(
 
     Args:
         pretrained: a folder or a hub id.
-        device: `"cpu"`, `"cuda"`, ...; None: CUDA where there is one.
+        device: `"cpu"`, `"cuda"`, ...; None: CUDA where there is one, each process of a torchrun
+            its own.
         device_map: given to `from_pretrained` instead of moving the model to `device`.
         dtype: `"auto"` is the checkpoint's on a GPU and float32 on a CPU, where bfloat16 is slow.
         extra: more for `from_pretrained` (`revision`, `attn_implementation`, `trust_remote_code`).
@@ -44,7 +46,7 @@ def load(
 
     if pretrained.startswith((".", "/", "~")) and not Path(pretrained).expanduser().is_dir():
         raise OptionError(f"pretrained={pretrained!r} is not a folder; pass one, or a hub id")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or _default_device()
     on_cpu = (device_map or device) == "cpu"
     chosen = _dtype("float32" if dtype == "auto" and on_cpu else dtype)
     source = (
@@ -56,19 +58,24 @@ def load(
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=chosen, device_map=device_map, **extra
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # damaged weights, a missing package, an unknown architecture: each has its own class
         first = str(error).strip().partition("\n")[0]
         raise InputError(
             f"pretrained={pretrained!r} could not be loaded as an image-text-to-text model: {first}"
         ) from error
     if not getattr(processor, "chat_template", None):
         raise InputError(
-            f"the processor of {pretrained!r} has no chat template, expected one to write prompts with; "
-            f"add chat_template.jinja to it"
+            f"the processor of {pretrained!r} has no chat template, expected one to write prompts "
+            f"with; add chat_template.jinja to it"
         )
     processor.tokenizer.padding_side = "left"
     model = model if device_map else model.to(device)
     return Loaded(model.eval(), processor, pretrained)
+
+
+def _default_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def _dtype(name: str) -> torch.dtype | str:

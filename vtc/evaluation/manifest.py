@@ -1,4 +1,4 @@
-"""How lmms-eval finds the model `vtc`: loaded at every start of lmms-eval, so it imports nothing."""
+"""How lmms-eval finds the model `vtc`; loaded at each of its starts, so it imports nothing."""
 
 from __future__ import annotations
 

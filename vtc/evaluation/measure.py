@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ def token_numbers(report: Any, images: range, alone: bool) -> Numbers:
 
 
 def evidence_numbers(
-    doc: Mapping[str, Any], size: tuple[int, int], handle: Any, image: int
+    doc: Mapping[str, Any], size: tuple[int, int], selections: Sequence[Selection], image: int
 ) -> Numbers:
     """Which share of the tokens that carry the answer survived.
 
@@ -59,25 +59,20 @@ def evidence_numbers(
     Args:
         doc: the question; `doc["evidence"]` holds boxes (x0, y0, x1, y1) in pixels of its picture.
         size: (width, height) of the picture.
-        handle: of the call that has just returned.
+        selections: `handle.selections` of the call that has just returned.
         image: the picture's number in the call.
 
     Returns:
-        `evidence_recall` over kept tokens, and where a method merges some also `evidence_covered`,
-        which counts members of merged tokens. Both are absent where they say nothing: no boxes, the
-        picture is several crops, or the method keeps no token as it is.
+        `evidence_recall` over tokens kept as they are, absent where a method keeps none; and where
+        it merges some, `evidence_covered`, which counts members of merged tokens. Nothing where
+        both say nothing: no boxes, no selection, or the picture is several crops.
     """
-    boxes = doc.get("evidence")
-    if not boxes:
+    boxes = _boxes(doc)
+    if not boxes or not selections:
         return {}
-    report, selections = handle.report(), handle.selections
-    if report.llm_tokens[image] == report.visual_tokens[image] and not selections:
-        return {"evidence_recall": 1.0}
-    if not selections:
-        return {}
-    selection: Selection = selections[-1]
+    selection = selections[-1]
     groups = (selection.parent[:, 0] == image).nonzero()[:, 0].tolist()
-    if len(groups) != 1 or not bool(selection.valid[groups[0]].any()):
+    if len(groups) != 1:
         return {}
     group = groups[0]
     frames, height, width = selection.grid[group]
@@ -86,13 +81,33 @@ def evidence_numbers(
     wanted = _evidence(boxes, (height, width), size)
     if not bool(wanted.any()):
         return {}
-    numbers: Numbers = {"evidence_recall": _share(selection.mask()[group], wanted)}
+    numbers: Numbers = {}
+    if bool(selection.valid[group].any()):
+        numbers["evidence_recall"] = _share(selection.mask()[group], wanted)
     if selection.merge is not None:
         numbers["evidence_covered"] = _share(selection.covered()[group], wanted)
     return numbers
 
 
-def _evidence(boxes: Any, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _boxes(doc: Mapping[str, Any]) -> list[Sequence[float]]:
+    """The boxes of a question; other data sets keep other things under that name."""
+    found = doc.get("evidence")
+    if not isinstance(found, list) or not all(_is_box(box) for box in found):
+        return []
+    return found
+
+
+def _is_box(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 4
+        and all(isinstance(number, (int, float)) for number in value)
+    )
+
+
+def _evidence(
+    boxes: Sequence[Sequence[float]], grid: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
     from vtc.testbed import evidence_tokens
 
     tokens: Tensor = evidence_tokens(boxes, grid, size)
@@ -100,7 +115,7 @@ def _evidence(boxes: Any, grid: tuple[int, int], size: tuple[int, int]) -> Tenso
 
 
 def _share(mask: Tensor, wanted: Tensor) -> float:
-    return float((mask.cpu()[: len(wanted)] & wanted).sum() / wanted.sum())
+    return int((mask.cpu()[: len(wanted)] & wanted).sum()) / int(wanted.sum())
 
 
 def means(samples: Iterable[Mapping[str, float | int | None]]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """The model `vtc` for stock lmms-eval: any image-text-to-text model and its processor, compressed.
 
-One chat class of our own instead of a mixin over lmms-eval's: theirs take one sample at a time, need
-packages they don't declare, and turn an error into an empty answer. Prompts and generation arguments
-are those of lmms-eval's `llava_hf`, so that `method=none` gives its answers.
+One chat class of our own instead of a mixin over lmms-eval's: theirs take one sample at a time,
+need packages they don't declare, and turn an error into an empty answer. Prompts and generation
+arguments are those of lmms-eval's `llava_hf`, so that `method=none` gives its answers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from vtc.errors import InputError, SampleError, UnsupportedModeError
+from vtc.errors import InputError, OptionError, SampleError, UnsupportedModeError
 from vtc.evaluation.compression import Compression
 from vtc.evaluation.loading import Loaded, load
-from vtc.evaluation.measure import SampleCounts, evidence_numbers, means, token_numbers
+from vtc.evaluation.measure import Numbers, SampleCounts, evidence_numbers, means, token_numbers
 
 _LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code", "attn_implementation")
 
@@ -48,7 +48,8 @@ class Vtc(lmms):  # type: ignore[misc]
             `attn_implementation` go to the loading, all others are options of the method.
 
     Raises:
-        OptionError: a wrong method, option, keep, position policy or folder; before anything is loaded.
+        OptionError: a wrong method, option, keep, position policy, batch size or folder; before
+            anything is loaded.
     """
 
     is_simple = False
@@ -69,8 +70,8 @@ class Vtc(lmms):  # type: ignore[misc]
         super().__init__()
         loading = {key: arguments.pop(key) for key in _LOADING if key in arguments}
         self.compression = Compression(method, keep, positions, seed, arguments)
-        self.batch_size = int(batch_size)
-        self.timed_samples = timed_samples
+        self.batch_size = _whole("batch_size", batch_size, least=1)
+        self.timed_samples = _whole("timed_samples", timed_samples, least=0)
         self.use_cache = use_cache
         self._loaded: Loaded | None = None
         self._shared = isinstance(pretrained, Loaded)
@@ -135,15 +136,15 @@ class Vtc(lmms):  # type: ignore[misc]
         if first is not None:
             args, cause = first
             raise SampleError(
-                f"{failed} of {len(requests)} samples failed, so no accuracy is reported; the first was "
-                f"{_where(args)}: {type(cause).__name__}: {cause}"
+                f"{failed} of {len(requests)} samples failed, so no accuracy is reported; the "
+                f"first was {_where(args)}: {type(cause).__name__}: {cause}"
             ) from cause
         done = [result for result in results if result is not None]
-        self._log(done, time.perf_counter() - start)
+        _log(requests, done, time.perf_counter() - start)
         return done
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
-        """Indices of requests that go into one call: the same generation arguments, task and split."""
+        """Indices of requests for one call: the same generation arguments, task and split."""
         alone = min(self.timed_samples, len(requests)) if self.batch_size > 1 else len(requests)
         yield from ([i] for i in range(alone))
 
@@ -183,8 +184,8 @@ class Vtc(lmms):  # type: ignore[misc]
         images, videos, audios = chat.extract_media()
         if videos or audios:
             raise UnsupportedModeError(
-                f"model 'vtc' got a question with {len(videos)} videos and {len(audios)} sounds, expected "
-                f"pictures only; choose an image task"
+                f"model 'vtc' got a question with {len(videos)} videos and {len(audios)} sounds, "
+                f"expected pictures only; choose an image task"
             )
         text = self.loaded.processor.apply_chat_template(
             chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
@@ -194,7 +195,7 @@ class Vtc(lmms):  # type: ignore[misc]
     def _generate(
         self, prompts: list[str], images: list[Image.Image], arguments: dict[str, Any]
     ) -> tuple[list[str], list[int]]:
-        """Texts and their numbers of tokens, with the generation arguments of lmms-eval's `llava_hf`."""
+        """Texts and their numbers of tokens; generation arguments as lmms-eval's `llava_hf`."""
         model, processor = self.loaded.model, self.loaded.processor
         inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
         inputs = inputs.to(self.device, model.dtype)
@@ -222,32 +223,45 @@ class Vtc(lmms):  # type: ignore[misc]
         lengths: list[int],
     ) -> list[SampleCounts]:
         ends = list(itertools.accumulate((len(pictures) for pictures in images), initial=0))
+        # a call without pictures has no report
+        report = handle.report() if ends[-1] else None
         counts = []
         for doc, pictures, (start, end), length in zip(
             docs, images, itertools.pairwise(ends), lengths, strict=True
         ):
-            numbers = {}
+            numbers: Numbers = {}
             if pictures:
-                numbers = token_numbers(handle.report(), range(start, end), alone=len(docs) == 1)
+                numbers = token_numbers(report, range(start, end), alone=len(docs) == 1)
             if len(pictures) == 1:
-                numbers |= evidence_numbers(doc, pictures[0].size, handle, start)
+                numbers |= evidence_numbers(doc, pictures[0].size, handle.selections, start)
             counts.append(SampleCounts(output_tokens=length, numbers=numbers))
         return counts
 
-    def _log(self, results: Sequence[GenerationResult], seconds: float) -> None:
-        """Means over all samples, once, as lmms-eval averages repeated logs without weights."""
-        tokens = sum(result.token_counts.output_tokens for result in results)
-        log_metrics(
-            total_elapsed_time=seconds,
-            total_gen_tokens=tokens,
-            avg_speed=tokens / seconds if seconds else 0.0,
-            additional_metrics={
-                **means(result.token_counts.numbers for result in results),
-                "n_samples": len(results),
-                "n_failed": 0,
-            },
-        )
+
+def _log(requests: Sequence[Instance], results: Sequence[GenerationResult], seconds: float) -> None:
+    """Means over all samples and over each task's, once: lmms-eval would average repeated logs."""
+    numbers: dict[str, list[Numbers]] = {}
+    for request, result in zip(requests, results, strict=True):
+        numbers.setdefault(request.args[4], []).append(result.token_counts.numbers)
+    found = means(itertools.chain(*numbers.values()))
+    if len(numbers) > 1:
+        for task, own in numbers.items():
+            found |= {f"{name}/{task}": value for name, value in means(own).items()}
+    tokens = sum(result.token_counts.output_tokens for result in results)
+    log_metrics(
+        total_elapsed_time=seconds,
+        total_gen_tokens=tokens,
+        avg_speed=tokens / seconds if seconds else 0.0,
+        additional_metrics={**found, "n_samples": len(results), "n_failed": 0},
+    )
 
 
 def _where(args: tuple[Any, ...]) -> str:
     return f"question {args[3]} of {args[4]}"
+
+
+def _whole(name: str, value: int | str, least: int) -> int:
+    """lmms-eval hands numbers over as it read them from text: `auto` and 1.5 get this far."""
+    if not str(value).isdecimal() or int(value) < least:
+        raise OptionError(f"{name}={value!r}: expected a whole number of at least {least}")
+    return int(value)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vtc.evaluation.compression import Compression, parse_method
 from vtc.evaluation.evaluate import evaluate, flat_sample, load_tasks, quiet, require_extra
 from vtc.evaluation.loading import Loaded, load
 from vtc.evaluation.store import Cells, check_writable
+from vtc.evaluation.threads import within_quota
 from vtc.methods.base import Method
 
 KEEPS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.055)
@@ -89,7 +91,8 @@ class SweepResult:
     Attributes:
         rows: one per cell and task, as in `table.csv`.
         summary: the same with the seeds of a method averaged, as printed.
-        out: the folder; `table.csv`, `table.json`, `accuracy.png`, `accuracy.svg` and `report.html`.
+        out: the folder of `table.csv`, `table.json`, `accuracy.png`, `accuracy.svg` and
+            `report.html`.
     """
 
     rows: list[dict[str, Any]]
@@ -150,34 +153,64 @@ def run(config: SweepConfig) -> SweepResult:
         VtcError: the folder cannot be written, the eval extra is missing, the model does not load.
     """
     require_extra()
-    from vtc.evaluation import table
-    from vtc.evaluation.fingerprint import environment, fingerprint
-    from vtc.evaluation.report import write_outputs
-
     cells = plan(config)
     check_writable(config.out)
-    with quiet():
-        loaded = load(config.model, config.device, dtype=config.dtype)
-    include = _include(config)
+    with within_quota():
+        with quiet():
+            loaded = load(config.model, config.device, dtype=config.dtype)
+        include = _include(config)
+        tasks = _Tasks(config.tasks, include)
+        samples = _run_cells(config, cells, loaded, tasks, include)
+        return _report(config, samples, loaded, tasks)
+
+
+class _Tasks:
+    """Tasks with their questions, loaded when they are needed first."""
+
+    def __init__(self, names: tuple[str, ...], include: Path | None) -> None:
+        self._names, self._include = names, include
+
+    @cached_property
+    def all(self) -> list[Any]:
+        with quiet():
+            return load_tasks(self._names, self._include)
+
+
+def _run_cells(
+    config: SweepConfig,
+    cells: Sequence[Compression],
+    loaded: Loaded,
+    tasks: _Tasks,
+    include: Path | None,
+) -> list[tuple[Compression, list[dict[str, Any]]]]:
+    """Every cell with its samples; those that are finished are read."""
+    from vtc.evaluation.fingerprint import fingerprint
+
     store = Cells(config.out / "cells", fingerprint(loaded, include))
-    tasks: list[Any] = []
     samples = []
-    bar = tqdm(cells, desc="sweep", unit="cell", dynamic_ncols=True)
-    for cell in bar:
-        bar.set_postfix_str(" ".join(_words(cell)))
-        found = store.load(settings(config, cell))
-        if found is None:
-            if not tasks:
-                with quiet():
-                    tasks = load_tasks(config.tasks, include)
-            found = _run_cell(config, cell, loaded, tasks, store)
-        samples.append((cell, found["samples"]))
-    bar.close()
+    with tqdm(cells, desc="sweep", unit="cell", dynamic_ncols=True) as bar:
+        for cell in bar:
+            bar.set_postfix_str(" ".join(_words(cell)))
+            found = store.load(settings(config, cell))
+            if found is None:
+                found = _run_cell(config, cell, loaded, tasks.all, store)
+            samples.append((cell, found["samples"]))
+    return samples
+
+
+def _report(
+    config: SweepConfig,
+    samples: Sequence[tuple[Compression, list[dict[str, Any]]]],
+    loaded: Loaded,
+    tasks: _Tasks,
+) -> SweepResult:
+    from vtc.evaluation import table
+    from vtc.evaluation.fingerprint import environment
+    from vtc.evaluation.report import write_outputs
+
     frame = table.samples_frame(samples)
     result = SweepResult(*table.tables(frame), out=config.out, samples=frame)
-    write_outputs(
-        config, result, loaded, _tasks_for_pictures(config, tasks, include), environment()
-    )
+    write_outputs(config, result, loaded, tasks.all if config.pictures else [], environment())
     return result
 
 
@@ -247,10 +280,3 @@ def _include(config: SweepConfig) -> Path | None:
 
     folder: Path = write_tasks(config.out / "tasks", config.questions)
     return folder
-
-
-def _tasks_for_pictures(config: SweepConfig, tasks: list[Any], include: Path | None) -> list[Any]:
-    if tasks or not config.pictures:
-        return tasks
-    with quiet():
-        return load_tasks(config.tasks, include)
