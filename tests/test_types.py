@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -42,6 +47,44 @@ def test_an_image_of_several_groups_shares_one_budget(keep: float, sizes: list[i
     assert ((counts - exact).abs() < 1 + 1e-9).all()
 
 
+@given(st.integers(1, 60), st.lists(st.integers(0, 9), min_size=1, max_size=5))
+def test_largest_remainder_is_exact(keep: int, sizes: list[int]) -> None:
+    """With fractions instead of floats: equal remainders go to the lower group."""
+    total = sum(sizes)
+    wanted = min(keep, total)
+    exact = [Fraction(wanted * n, max(total, 1)) for n in sizes]
+    shares = [int(e) for e in exact]
+    order = sorted(range(len(sizes)), key=lambda g: (shares[g] - exact[g], g))
+    for g in order[: wanted - sum(shares)]:
+        shares[g] += 1
+    valid = torch.arange(9) < torch.tensor(sizes)[:, None]
+    one_image = torch.zeros(len(sizes), dtype=torch.int64)
+    assert Budget.of(keep).counts(valid, one_image).tolist() == shares
+
+
+def test_equal_remainders_go_to_the_lower_group() -> None:
+    valid = torch.arange(7) < torch.tensor([1, 1, 7])[:, None]
+    # 3·1/9, 3·1/9 and 3·7/9 all leave a third, which floats would rank
+    assert Budget.of(3).counts(valid, torch.zeros(3).long()).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "keep, want",
+    [
+        (np.float32(0.5), 18),
+        (np.float64(0.5), 18),
+        (np.int64(5), 5),
+        (Fraction(1, 4), 9),
+        (10**30, 36),
+        (5e-324, 1),
+    ],
+)
+def test_numbers_of_other_libraries(keep: Any, want: int) -> None:
+    budget = Budget.of(keep)
+    assert budget.count(36) == want
+    json.dumps(budget.keep)
+
+
 def test_images_have_budgets_of_their_own() -> None:
     valid = torch.arange(10) < torch.tensor([10, 4, 6])[:, None]
     parent = torch.tensor([[0, 0], [1, 0], [1, 0]])
@@ -50,7 +93,11 @@ def test_images_have_budgets_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "keep", [0, -3, 1.5, 0.0, float("nan"), float("inf"), "half", True, [1], 1j]
+    "keep",
+    [
+        *(0, -3, 1.5, 0.0, float("nan"), float("inf"), -float("inf"), "half", "0.5", True, [1], 1j),
+        *(np.bool_(True), np.array(0.5), torch.tensor(0.5), torch.tensor(5)),
+    ],
 )
 def test_bad_keep(keep: object) -> None:
     with pytest.raises(OptionError, match=r"expected .*pass a float in \(0, 1\]"):
@@ -101,6 +148,23 @@ def test_apply_gathers_and_merges() -> None:
     assert got.tolist() == [[0.0, 2.25, 2.5], [6.0, 0.0, 0.0]]
 
 
+def test_padding_pairs_carry_nothing() -> None:
+    x = torch.arange(10.0).reshape(2, 5, 1)
+    x[1, 0] = float("nan")  # token 0 of the second group, whose pairs are all padding
+    got = merging_selection().apply(x)[..., 0]
+    assert got.tolist() == [[0.0, 2.25, 2.5], [6.0, 0.0, 0.0]]
+
+
+def test_apply_is_the_weighted_sum_and_differentiable() -> None:
+    selection = merging_selection()
+    x = torch.randn(2, 5, 2, 3, dtype=torch.float64, requires_grad=True)
+    got = selection.apply(x)
+    want = torch.stack([x[0, 0], x[0, 2] * 0.75 + x[0, 3] * 0.25, (x[0, 1] + x[0, 4]) / 2])
+    torch.testing.assert_close(got[0], want, atol=1e-6, rtol=0)
+    (grad,) = torch.autograd.grad(got.sum(), x)
+    assert grad[0, :, 0, 0].tolist() == [1.0, 0.5, 0.75, 0.25, 0.5]
+
+
 def test_masks() -> None:
     selection = merging_selection()
     assert selection.mask().int().tolist() == [[1, 0, 1, 0, 0], [0, 1, 0, 0, 0]]
@@ -132,6 +196,13 @@ def test_save_and_load(tmp_path: Path) -> None:
 )
 def test_largest_grid(h: int, w: int, budget: int, want: tuple[int, int]) -> None:
     assert largest_grid(h, w, budget) == want
+
+
+def test_a_square_grid_shrinks_to_the_largest_square() -> None:
+    assert [largest_grid(6, 6, b) for b in range(1, 37)] == [
+        (math.isqrt(b), math.isqrt(b)) for b in range(1, 37)
+    ]
+    assert [largest_grid(24, 24, b) for b in (64, 128, 192)] == [(8, 8), (11, 11), (13, 13)]
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.data())

@@ -75,7 +75,6 @@ def choose_backend(kernels: str) -> str:
     if kernels == "triton":
         raise OptionError(
             "kernels='triton' was asked for, but this version has no Triton kernel for the "
-            "operations "
-            "used; pass kernels='auto'"
+            "operations used; pass kernels='auto'"
         )
     return "torch"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -129,9 +130,10 @@ class Tokens:
             )
         return self.signals[key]
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Number of valid tokens of each group."""
+        # read once: on a GPU each reading waits for the encoder
         return tuple(self.valid.sum(-1).tolist())
 
 
@@ -203,12 +205,13 @@ class Budget:
         return self.keep is not None and all(self.count(i) == i for i in n)
 
 
-def _largest_remainder(sizes: list[int], count: object) -> list[int]:
+def _largest_remainder(sizes: list[int], count: Callable[[int], int]) -> list[int]:
     total = sum(sizes)
-    wanted = count(total)  # type: ignore[operator]
-    exact = [wanted * n / total if total else 0.0 for n in sizes]
-    shares = [math.floor(e) for e in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda g: (shares[g] - exact[g], g))
+    wanted = count(total)
+    # in whole numbers, so that equal remainders are equal
+    parts = [divmod(wanted * n, max(total, 1)) for n in sizes]
+    shares = [whole for whole, _ in parts]
+    by_remainder = sorted(range(len(sizes)), key=lambda g: (-parts[g][1], g))
     for g in by_remainder[: wanted - sum(shares)]:
         shares[g] += 1
     return shares
@@ -296,22 +299,26 @@ class Selection:
 
     def apply(self, x: Tensor) -> Tensor:
         """What reaches the LLM of `x [G, N, ...]`: `[G, S, ...]`, zeros in empty slots."""
-        slots = self.slot_positions
-        index = slots.clamp_min(0).to(x.device)
-        group = torch.arange(len(index), device=x.device)[:, None]
-        out = x[group, index].clone()
+        slots = self.slot_positions.to(x.device)
+        group = torch.arange(len(slots), device=x.device)[:, None]
+        over = [1] * (x.dim() - 2)  # an index [G, S] seen over the trailing dimensions of x
+        out = x[group, slots.clamp_min(0)]
         if self.merge is not None:
             slot, token, weight = (part.to(x.device) for part in self.merge)
-            used = weight != 0
-            rows = group.expand_as(slot)[used]
-            out[rows, slot[used]] = 0
-            shape = (-1, *[1] * (x.dim() - 2))
-            terms = x[rows, token[used]].float() * weight[used].float().view(shape)
-            total = torch.zeros(out.shape, dtype=torch.float32, device=x.device)
-            total.index_put_((rows, slot[used]), terms, accumulate=True)
-            out = torch.where(_touched(out, rows, slot[used]), total.to(x.dtype), out)
-        empty = (slots < 0).to(x.device)
-        return out.masked_fill(empty.view(*empty.shape, *[1] * (x.dim() - 2)), 0)
+            where, used = (group.expand_as(slot), slot), weight != 0
+            # `where`, not a product: a padding pair must not carry a NaN of token 0 into slot 0
+            terms = torch.where(
+                used.view(*used.shape, *over),
+                x[group, token].float() * weight.float().view(*weight.shape, *over),
+                0.0,
+            )
+            sums = torch.zeros(out.shape, dtype=torch.float32, device=x.device)
+            sums = sums.index_put(where, terms, accumulate=True)
+            members = torch.zeros(slots.shape, device=x.device)
+            members = members.index_put(where, used.float(), accumulate=True)
+            merged = (members > 0).view(*members.shape, *over)
+            out = torch.where(merged, sums.to(x.dtype), out)
+        return out.masked_fill((slots < 0).view(*slots.shape, *over), 0)
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file; `load` reads it back."""
@@ -349,9 +356,3 @@ class Selection:
             positions=part["positions"],
             merge=(part["slot"], part["token"], part["weight"]) if "slot" in part else None,
         )
-
-
-def _touched(like: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
-    mask = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
-    mask[rows, slots] = True
-    return mask.view(*mask.shape, *[1] * (like.dim() - 2))

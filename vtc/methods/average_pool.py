@@ -15,7 +15,7 @@ class AveragePool(Method):
     budget.
 
     A pooled token takes the position of the cell in the middle of those it averages. The number of
-    tokens is at most the budget (16 for 22 on a square grid); `report()` gives the realised one.
+    tokens is at most the budget (16 for 22 on a square grid); `report()` gives the realized one.
     """
 
     name: ClassVar[str] = "average_pool"

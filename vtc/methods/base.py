@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -9,11 +10,10 @@ from huggingface_hub.dataclasses import type_validator
 
 from vtc.errors import OptionError
 from vtc.scorers import SCORERS, Scorer
-from vtc.selectors import SELECTORS, Selector
+from vtc.selectors import SELECTORS, Count, Selector
 from vtc.types import Budget, Selection, Signal, Tokens
 
 Site = Literal["pixels", "llm_input"]
-Count = Literal["exact", "at_most", "adaptive"]
 Exactness = Literal["mask", "layer_mask", "restatement"]
 Positions = Literal["keep", "renumber", "median", "published"]
 
@@ -27,7 +27,7 @@ class Method:
         selector: replaces the method's own selector: an object, or a name such as `"top_k"`.
 
     Attributes:
-        name: what users write in `vtc.patch(model, method=name)`.
+        name: what users write in `vtc.patch(model, method=name)`; by default the class's name.
         summary: one line for `vtc.methods()`.
         site: where the choice acts: `"pixels"` (before the encoder) or `"llm_input"` (before the
             LLM).
@@ -37,7 +37,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str] = ""
     site: ClassVar[Site] = "llm_input"
     count: ClassVar[Count] = "exact"
     exactness: ClassVar[Exactness] = "mask"
@@ -46,18 +46,27 @@ class Method:
     scorer: Scorer | str | None = None
     selector: Selector | str | None = None
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for option in fields(self):
-            value = getattr(self, option.name)
-            if hints[option.name] is float and type(value) is int:
-                object.__setattr__(self, option.name, value := float(value))
+            hint = hints[option.name]
+            value = _plain(getattr(self, option.name), hint)
+            object.__setattr__(self, option.name, value)
             try:
-                type_validator(option.name, value, hints[option.name])
+                if isinstance(value, bool) and hint in (int, float):
+                    raise TypeError(f"Field {option.name!r} expected {hint.__name__}, got bool")
+                type_validator(option.name, value, hint)
             except TypeError as error:
-                raise OptionError(f"method {self.name!r}: {error}") from None
+                message = " ".join(str(error).split())
+                raise OptionError(f"method {self.name!r}: {message}") from None
         object.__setattr__(self, "scorer", self._swap(self.scorer, SCORERS, "scorer"))
         object.__setattr__(self, "selector", self._swap(self.selector, SELECTORS, "selector"))
+        self._check_parts()
 
     def _swap(self, given: Any, table: dict[str, Any], what: str) -> Any:
         if not isinstance(given, str):
@@ -68,6 +77,37 @@ class Method:
                 f"{sorted(table)}"
             )
         return table[given]()
+
+    @property
+    def _composed(self) -> bool:
+        """Whether a scorer and a selector decide, rather than a `select` of the method's own."""
+        return type(self).select is Method.select
+
+    def _check_parts(self) -> None:
+        """Refuse a swapped scorer or selector that would be ignored or cannot work."""
+        if not self._composed:
+            if self.scorer is not None or self.selector is not None:
+                raise OptionError(
+                    f"method {self.name!r} got a scorer or selector, expected none: it decides by "
+                    "a rule of its own"
+                )
+            return
+        selector = self.active_selector
+        if self.selector is not None and selector.count != self.count:
+            raise OptionError(
+                f"method {self.name!r} got selector {selector.name!r}, which keeps "
+                f"{selector.count!r} of the budget, expected one that keeps {self.count!r}"
+            )
+        if selector.uses_scores and self.active_scorer is None:
+            raise OptionError(
+                f"method {self.name!r} got selector {selector.name!r} and no scorer, expected one: "
+                f"pass scorer=..., one of {sorted(SCORERS)} or an object"
+            )
+        if self.scorer is not None and not selector.uses_scores:
+            raise OptionError(
+                f"method {self.name!r} got a scorer, expected none: its selector "
+                f"{selector.name!r} looks at no scores"
+            )
 
     def default_scorer(self) -> Scorer | None:
         """The scorer as published; None for methods that need none."""
@@ -91,7 +131,9 @@ class Method:
     def needs(self) -> tuple[Signal, ...]:
         """What the runtime must capture for `select`."""
         scorer = self.active_scorer
-        return scorer.needs if scorer else ()
+        if scorer is None or (self._composed and not self.active_selector.uses_scores):
+            return ()
+        return scorer.needs
 
     def check_keep(self, keep: float | int | None) -> Budget:
         """The budget for this method; raises `OptionError` where `keep` makes no sense for it."""
@@ -112,3 +154,12 @@ class Method:
         selector, scorer = self.active_selector, self.active_scorer
         scores = scorer(tokens) if scorer and selector.uses_scores else None
         return selector(tokens, scores, budget.counts(tokens.valid, tokens.parent))
+
+
+def _plain(value: Any, expected: Any) -> Any:
+    """Numbers of NumPy, and whole numbers where a float is expected, as Python's own."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return float(value) if expected is float else int(value)
+    return float(value) if isinstance(value, numbers.Real) else value

@@ -17,7 +17,13 @@ _REGISTERED: dict[str, type[Method]] = {}
 
 def register(cls: type[Method]) -> type[Method]:
     """Make a method of your own known by its name (a decorator). Not needed to pass an object to
-    `vtc.patch`."""
+    `vtc.patch`.
+
+    Raises:
+        OptionError: not a method class, or another one has that name.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise OptionError(f"register got {cls!r}, expected a class derived from vtc.Method")
     table = _table()
     if cls.name in table and table[cls.name] is not cls:
         raise OptionError(f"a method called {cls.name!r} exists already; give yours another name")
@@ -60,7 +66,12 @@ def method(name: str | Method, **options: Any) -> Method:
             )
         return name
     table = _table()
-    if name not in table:
+    if isinstance(name, type) and issubclass(name, Method):
+        raise OptionError(
+            f"method is the class {name.__name__}, expected a vtc.Method object or a name: "
+            f"pass {name.__name__}()"
+        )
+    if not isinstance(name, str) or name not in table:
         raise OptionError(
             f"method {name!r} is unknown; expected one of {', '.join(table)}, or a vtc.Method "
             f"object"

@@ -34,7 +34,7 @@ class ClsAttention(Scorer):
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """Scores `float32[G, N]`."""
-        rows = tokens.signal(self.window.key)  # [G, L, N]
+        rows = tokens.signal(self.window.key).float()  # [G, L, N]
         if self.ensemble == "sum":
             return rows.sum(1)
         return rows.amin(1) if self.ensemble == "min" else rows.amax(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +29,8 @@ class RandomScores(Scorer):
         keys = tokens.signal("image_key").tolist()
         scores = torch.zeros(tokens.valid.shape)
         for g, (key, n) in enumerate(zip(keys, tokens.lengths, strict=True)):
-            generator = torch.Generator().manual_seed((int(key) << 20) ^ tokens.seed)
+            # hashed, because torch's CPU generator looks at the lowest 32 bits of a seed alone
+            mixed = zlib.crc32(f"{tokens.seed} {key}".encode())
+            generator = torch.Generator().manual_seed(mixed)
             scores[g, tokens.valid[g].cpu()] = torch.rand(n, generator=generator)
         return scores.to(tokens.valid.device)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from vtc.types import Selection, Tokens
 
+Count = Literal["exact", "at_most", "adaptive"]
+
 
 class Selector(ABC):
-    """Turns scores and counts into a choice. Subclasses are frozen dataclasses."""
+    """Turns scores and counts into a choice. Subclasses are frozen dataclasses.
+
+    Attributes:
+        name: what users write to swap a method's selector.
+        uses_scores: whether it looks at scores; if not, none are computed.
+        count: whether the counts are met exactly, are an upper bound, or are its own affair.
+    """
 
     name: ClassVar[str]
     uses_scores: ClassVar[bool] = True
+    count: ClassVar[Count] = "exact"
 
     @abstractmethod
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:

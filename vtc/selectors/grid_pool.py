@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.selectors.base import Selector
+from vtc.selectors.base import Count, Selector
 from vtc.types import Selection, Tokens
 
 
@@ -29,11 +30,14 @@ def largest_grid(h: int, w: int, budget: int) -> tuple[int, int]:
     return 1, 1
 
 
-def _bins(n: int, m: int) -> list[range]:
-    """The stretches of adaptive pooling from n cells to m."""
-    return [range(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+def _averages(n: int, m: int) -> Tensor:
+    """Adaptive average pooling of n cells to m, as a matrix `[m, n]` whose rows sum to 1."""
+    i, cell = torch.arange(m)[:, None], torch.arange(n)
+    bins = (cell >= i * n // m) & (cell < -(-(i + 1) * n // m))
+    return bins / bins.sum(-1, keepdim=True)
 
 
+@lru_cache(maxsize=64)
 def pooled_cells(h: int, w: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Adaptive average pooling of an h×w grid to `size`, as sparse triples.
 
@@ -41,19 +45,11 @@ def pooled_cells(h: int, w: int, size: tuple[int, int]) -> tuple[Tensor, Tensor,
         `slot [P]`, `token [P]`, `weight [P]` (each slot's weights sum to 1) and `center [S]`, the
         original cell that holds the middle of each slot.
     """
-    rows, cols = _bins(h, size[0]), _bins(w, size[1])
-    triples = [
-        (i * size[1] + j, y * w + x, 1 / (len(ys) * len(xs)))
-        for i, ys in enumerate(rows)
-        for j, xs in enumerate(cols)
-        for y in ys
-        for x in xs
-    ]
-    slot, token, weight = zip(*triples, strict=True)
+    weights = torch.kron(_averages(h, size[0]), _averages(w, size[1]))  # [S, h·w]
+    slot, token = weights.nonzero(as_tuple=True)
     y = (2 * torch.arange(size[0]) + 1) * h // (2 * size[0])
     x = (2 * torch.arange(size[1]) + 1) * w // (2 * size[1])
-    center = (y[:, None] * w + x).flatten()
-    return torch.tensor(slot), torch.tensor(token), torch.tensor(weight), center
+    return slot, token, weights[slot, token], (y[:, None] * w + x).flatten()
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,10 @@ class GridPool(Selector):
 
     name: ClassVar[str] = "grid_pool"
     uses_scores: ClassVar[bool] = False
+    count: ClassVar[Count] = "at_most"
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
-        """Pool; the realised number of slots is at most the count. Frames share the count
+        """Pool; the realized number of slots is at most the count. Frames share the count
         equally."""
         device = tokens.valid.device
         slots, members, weights, centers = [], [], [], []

@@ -28,7 +28,7 @@ class TopK(Selector):
                 f"top_k got scores of shape {got}, expected {tuple(tokens.valid.shape)}: "
                 f"return one score per token from the scorer"
             )
-        if bool(scores[tokens.valid].isnan().any()):
+        if bool((scores.isnan() & tokens.valid).any()):
             raise VtcError(
                 "top_k got NaN scores, expected numbers: a scorer divides by zero or the "
                 "model produced NaN features"

@@ -21,12 +21,12 @@ class UniformStride(Selector):
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
         """Choose; scores are ignored."""
+        device = tokens.valid.device
         lengths = torch.tensor(tokens.lengths, dtype=torch.int64)
         i = torch.arange(int(counts.max()) if len(counts) else 0)
-        valid = i < counts[:, None]
-        rank = (2 * i + 1) * lengths[:, None] // (2 * counts[:, None].clamp_min(1))
+        valid = (i < counts[:, None]).to(device)
+        rank = ((2 * i + 1) * lengths[:, None] // (2 * counts[:, None].clamp_min(1))).to(device)
         # a rank counts valid tokens; padding may stand anywhere
-        order = (~tokens.valid).int().argsort(dim=-1, stable=True).cpu()
-        keep = order.gather(1, rank.where(valid, torch.zeros_like(rank)))
-        device = tokens.valid.device
-        return selection_of(tokens, keep.masked_fill(~valid, 0).to(device), valid.to(device))
+        order = (~tokens.valid).int().argsort(dim=-1, stable=True)
+        keep = order.gather(1, rank.masked_fill(~valid, 0)).masked_fill(~valid, 0)
+        return selection_of(tokens, keep, valid)
