@@ -42,11 +42,14 @@ class Adapter(ABC):
         supported: the class and its models, for error messages.
         visual_inputs: keyword inputs that belong to pixels; a prompt of embeddings goes without
             them.
+        feature_options: names in the model's config that a call may override and that decide which
+            features the encoder gives.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     supported: ClassVar[str]
     visual_inputs: ClassVar[tuple[str, ...]]
+    feature_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vtc.adapters.base import Adapter, Encoder, Grid
-from vtc.errors import InputError, UnsupportedModelError
+from vtc.errors import InputError, UnsupportedModeError, UnsupportedModelError
 
 _TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
@@ -21,6 +21,10 @@ class LlavaAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     supported: ClassVar[str] = "LlavaForConditionalGeneration (LLaVA-1.5)"
     visual_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    feature_options: ClassVar[tuple[str, ...]] = (
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
 
     def check(self) -> None:
         """Refuse towers and feature layers for which tokens are not the patches of one grid."""
@@ -76,10 +80,12 @@ class LlavaAdapter(Adapter):
 
     def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         """All images of a call have one size."""
-        pixels = inputs["pixel_values"]
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4:
+        pixels, channels = inputs["pixel_values"], self.model.config.vision_config.num_channels
+        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != channels:
             got = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise InputError(f"pixel_values is {got}, expected a tensor [images, 3, height, width]")
+            raise InputError(
+                f"pixel_values is {got}, expected a tensor [images, {channels}, height, width]"
+            )
         images, _, height, width = pixels.shape
         return [(1, height // self._patch(), width // self._patch())] * images
 
@@ -92,6 +98,11 @@ class LlavaAdapter(Adapter):
     ) -> list[Tensor]:
         """Antialiased bicubic resize of the normalized pixels, then the stock tower with
         interpolated positions."""
+        if any(weight.is_meta for weight in self.tower.parameters()):
+            raise UnsupportedModeError(
+                "the vision tower's weights are offloaded, expected them on a device: stock "
+                "interpolation of position embeddings reads them as they are"
+            )
         found: list[Tensor] = [torch.empty(0)] * len(sizes)
         for h, w in dict.fromkeys(sizes):
             members = [i for i, size in enumerate(sizes) if size == (h, w)]

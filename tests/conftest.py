@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# a busy machine is not a failed property
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 IMAGE, PAD, EOS = 90, 0, 1
 GRID = 6  # 6×6 patches per image
@@ -100,6 +106,29 @@ def masked(inputs: dict[str, torch.Tensor], selection: Any) -> dict[str, torch.T
     return {**inputs, "attention_mask": mask, "position_ids": positions}
 
 
+@contextmanager
+def rows_expanded_by_hand(model: Any) -> Iterator[None]:
+    """Within it a stock model repeats whole rows for beams: below transformers 5.18 it interleaves
+    the images of a row (A, A, B, B for A, B, A, B)."""
+    stock = model._expand_inputs_for_generation
+
+    def expand(
+        expand_size: int = 1, input_ids: Any = None, pixel_values: Any = None, **kwargs: Any
+    ) -> Any:
+        ids, out = stock(expand_size=expand_size, input_ids=input_ids, **kwargs)
+        if pixel_values is not None:  # newer versions have encoded them by now
+            images = ((input_ids == IMAGE).sum(-1) // N).tolist()
+            of_row = pixel_values.split(images)
+            out["pixel_values"] = torch.cat([p.repeat(expand_size, 1, 1, 1) for p in of_row])
+        return ids, out
+
+    model._expand_inputs_for_generation = expand
+    try:
+        yield
+    finally:
+        del model._expand_inputs_for_generation
+
+
 def build_processor() -> Any:
     """A real LlavaProcessor whose ids are those of the tiny models."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -149,6 +178,11 @@ def make_llava() -> Callable[..., Any]:
 @pytest.fixture
 def make_inputs() -> Callable[..., dict[str, torch.Tensor]]:
     return build_inputs
+
+
+@pytest.fixture
+def expanded_by_hand() -> Callable[[Any], AbstractContextManager[None]]:
+    return rows_expanded_by_hand
 
 
 @pytest.fixture

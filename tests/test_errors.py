@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,16 @@ BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"method": 3, "keep": 0.5},
         errors.OptionError,
         "3 is unknown; expected one of",
+    ),
+    "a list of methods": (
+        {"method": ["vtc_cls"], "keep": 0.5},
+        errors.OptionError,
+        "method ['vtc_cls'] is unknown",
+    ),
+    "a method's class": (
+        {"method": type(vtc.method("vtc_cls")), "keep": 0.5},
+        errors.OptionError,
+        "method is the class VtcCls, expected a vtc.Method object or a name: pass VtcCls()",
     ),
     "keep 0": (
         {"method": "vtc_cls", "keep": 0},
@@ -54,14 +65,19 @@ BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "keeps everything and got keep=0.5",
     ),
     "unknown option": (
-        {"method": "vtc_cls", "keep": 0.5, "strat": 3},
+        {"method": "vtc_cls", "keep": 0.5, "begin": 3},
         errors.OptionError,
-        "has no option 'strat'; it has",
+        "has no option 'begin'; it has",
     ),
     "option of a wrong type": (
         {"method": "vtc_cls", "keep": 0.5, "start": "16"},
         errors.OptionError,
         "expected int, got str",
+    ),
+    "option that is a bool": (
+        {"method": "vtc_cls", "keep": 0.5, "start": True},
+        errors.OptionError,
+        "expected int, got bool",
     ),
     "option out of its choices": (
         {"method": "vtc_cls", "keep": 0.5, "ensemble": "mean"},
@@ -73,6 +89,31 @@ BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         errors.OptionError,
         "scorer 'best' is unknown",
     ),
+    "scorer's class": (
+        {"method": "vtc_cls", "keep": 0.5, "scorer": type(vtc.method("random").active_scorer)},
+        errors.OptionError,
+        "Field 'scorer' with value <class",
+    ),
+    "selector without its scores": (
+        {"method": "uniform", "keep": 0.5, "selector": "top_k"},
+        errors.OptionError,
+        "'uniform' got selector 'top_k' and no scorer, expected one",
+    ),
+    "selector of another count": (
+        {"method": "downsample", "keep": 0.5, "selector": "top_k", "scorer": "random"},
+        errors.OptionError,
+        "which keeps 'exact' of the budget, expected one that keeps 'at_most'",
+    ),
+    "scorer for nothing": (
+        {"method": "average_pool", "keep": 0.5, "scorer": "random"},
+        errors.OptionError,
+        "'average_pool' got a scorer, expected none",
+    ),
+    "scorer of the full model": (
+        {"method": "none", "scorer": "random"},
+        errors.OptionError,
+        "'none' got a scorer or selector, expected none",
+    ),
     "options beside an object": (
         {"method": vtc.method("vtc_cls"), "keep": 0.5, "start": 3},
         errors.OptionError,
@@ -82,6 +123,16 @@ BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"method": "vtc_cls", "keep": 0.5, "positions": "orig"},
         errors.OptionError,
         "positions='orig' is unknown",
+    ),
+    "a list of positions": (
+        {"method": "vtc_cls", "keep": 0.5, "positions": ["keep"]},
+        errors.OptionError,
+        "positions=['keep'] is unknown",
+    ),
+    "an array of positions": (
+        {"method": "vtc_cls", "keep": 0.5, "positions": np.array(["keep", "keep"])},
+        errors.OptionError,
+        "positions=array(['keep', 'keep'], dtype='<U4') is unknown",
     ),
     "fast path": (
         {"method": "vtc_cls", "keep": 0.5, "fast": True},
@@ -102,6 +153,11 @@ BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"method": "random", "keep": 0.5, "seed": "0"},
         errors.OptionError,
         "seed='0' is a str",
+    ),
+    "seed that is a float": (
+        {"method": "random", "keep": 0.5, "seed": 1.0},
+        errors.OptionError,
+        "seed=1.0 is a float",
     ),
     "start behind the tap": (
         {"method": "vtc_cls", "keep": 0.5, "start": 23},
@@ -129,6 +185,14 @@ def test_bad_patch(llava: Any, case: str) -> None:
     assert not llava.model._forward_pre_hooks
 
 
+def test_numpy_integers_are_integers(llava: Any, make_inputs: Any) -> None:
+    options = {"keep": np.int64(5), "seed": np.int64(3), "start": np.int64(2)}
+    with vtc.patch(llava, "vtc_cls", **options) as handle:
+        llava.generate(**make_inputs([[4, None, 5]]), max_new_tokens=1)
+    assert handle.report().llm_tokens == (5,)
+    assert repr(handle.method) == repr(vtc.method("vtc_cls", start=2))
+
+
 def test_messages_differ(llava: Any) -> None:
     assert len({said for _, _, said in BAD_PATCHES.values()}) == len(BAD_PATCHES)
 
@@ -140,7 +204,7 @@ def test_patching_twice(llava: Any) -> None:
         ) as error:
             vtc.patch(llava, "random", 0.5)
         one_line(error)
-        assert llava.generate.vtc_handle is handle
+        assert vars(llava)["_vtc_handle"] is handle
 
 
 @pytest.mark.parametrize("thing", [torch.nn.Linear(2, 2), "llava-hf/llava-1.5-7b-hf", None])
@@ -193,6 +257,34 @@ def flatten_pixels(inputs: dict[str, torch.Tensor]) -> None:
     inputs["pixel_values"] = inputs["pixel_values"][0]
 
 
+def no_images(inputs: dict[str, torch.Tensor]) -> None:
+    inputs["pixel_values"] = inputs["pixel_values"][:0]
+
+
+def one_channel(inputs: dict[str, torch.Tensor]) -> None:
+    inputs["pixel_values"] = inputs["pixel_values"][:, :1]
+
+
+def nested_pixels(inputs: dict[str, torch.Tensor]) -> None:
+    inputs["pixel_values"] = inputs["pixel_values"][None]
+
+
+def array_of_pixels(inputs: dict[str, Any]) -> None:
+    inputs["pixel_values"] = inputs["pixel_values"].numpy()
+
+
+def one_row_without_batch(inputs: dict[str, torch.Tensor]) -> None:
+    inputs["input_ids"] = inputs["input_ids"][0]
+
+
+def list_for_a_mask(inputs: dict[str, Any]) -> None:
+    inputs["attention_mask"] = inputs["attention_mask"].tolist()
+
+
+def mask_too_short(inputs: dict[str, torch.Tensor]) -> None:
+    inputs["attention_mask"] = inputs["attention_mask"][:, 1:]
+
+
 def four_dimensional_mask(inputs: dict[str, torch.Tensor]) -> None:
     width = inputs["input_ids"].shape[1]
     inputs["attention_mask"] = torch.ones(2, 1, width, width, dtype=torch.bool)
@@ -212,7 +304,17 @@ BAD_INPUTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
         flatten_pixels,
         r"pixel_values is (3, 24, 24), expected a tensor [images, 3",
     ),
-    "a prepared mask": (four_dimensional_mask, "expected"),
+    "no image in the pixels": (no_images, "pixel_values hold no image, expected at least one"),
+    "one channel": (one_channel, "pixel_values is (2, 1, 24, 24), expected"),
+    "pixels with a batch dimension": (nested_pixels, "pixel_values is (1, 2, 3, 24, 24), expected"),
+    "pixels not a tensor": (array_of_pixels, "pixel_values is ndarray, expected a tensor"),
+    "ids without a batch dimension": (
+        one_row_without_batch,
+        "pixel_values came with input_ids of (47,), expected a tensor [B, S] of ids",
+    ),
+    "a mask that is a list": (list_for_a_mask, "list, expected"),
+    "a mask too short": (mask_too_short, "(2, 46), expected"),
+    "a prepared mask": (four_dimensional_mask, "(2, 1, 47, 47), expected"),
 }
 
 
@@ -231,8 +333,14 @@ def test_bad_inputs(llava: Any, make_inputs: Any, case: str, call: str) -> None:
     "options, said",
     [
         ({"prefill_chunk_size": 8}, "prefill_chunk_size was given, expected None"),
-        ({"vision_feature_layer": -1}, "vision_feature_layer was given in a call"),
+        ({"vision_feature_layer": -1}, "vision_feature_layer=-1 was given in a call, expected -2"),
+        (
+            {"vision_feature_select_strategy": "full"},
+            "vision_feature_select_strategy='full' was given in a call, expected 'default'",
+        ),
         ({"max_length": 10}, "max_length=10 leaves no room behind a prompt of 45 tokens"),
+        ({"inputs_embeds": torch.zeros(1, 45, 64)}, "got inputs_embeds beside pixel_values"),
+        ({"inputs": torch.zeros(1, 45)}, "got both inputs and input_ids"),
     ],
 )
 def test_modes_that_would_be_wrong_are_refused(
@@ -244,12 +352,63 @@ def test_modes_that_would_be_wrong_are_refused(
     assert said in one_line(error)
 
 
-def test_continuous_batching_is_refused(llava: Any) -> None:
+def test_continuous_batching_is_refused(llava: Any, make_inputs: Any) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: llava.generate_batch([[1, 2]]),
+        lambda: llava.init_continuous_batching(),
+        lambda: llava.continuous_batching_context_manager(),
+        lambda: llava.generate(**make_inputs([[4, None, 5]]), cache_implementation="paged"),
+    ]
+    for call in calls:
+        with (
+            vtc.patch(llava, "vtc_cls", 0.5),
+            pytest.raises(errors.UnsupportedModeError, match=r"continuous batching.*vtc.unpatch"),
+        ):
+            call()
+        assert "init_continuous_batching" not in vars(llava)
+
+
+def test_a_patched_assistant_is_refused(llava: Any, make_llava: Any, make_inputs: Any) -> None:
+    inputs, assistant = make_inputs([[4, None, 5]]), make_llava(seed=1)
+    with (
+        vtc.patch(assistant, "vtc_cls", 0.5),
+        vtc.patch(llava, "vtc_cls", 0.5),
+        pytest.raises(errors.UnsupportedModeError, match="assistant_model is patched itself"),
+    ):
+        llava.generate(**inputs, assistant_model=assistant, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_images_behind_a_cache_are_refused(llava: Any, make_inputs: Any, call: str) -> None:
+    """Of a system prompt, say: what it holds cannot be told from what was dropped."""
+    inputs = make_inputs([[4, None, 5]])
+    cache = llava(input_ids=inputs["input_ids"][:, :3], use_cache=True).past_key_values
     with (
         vtc.patch(llava, "vtc_cls", 0.5),
-        pytest.raises(errors.UnsupportedModeError, match=r"vtc.unpatch"),
+        pytest.raises(errors.UnsupportedModeError, match="a cache that is not empty"),
     ):
-        llava.generate_batch([[1, 2]])
+        if call == "generate":
+            llava.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+        else:
+            llava(**inputs | {"input_ids": inputs["input_ids"][:, 3:]}, past_key_values=cache)
+
+
+def test_generate_that_passes_the_patch_by_is_no_silent_stock(llava: Any, make_inputs: Any) -> None:
+    """Called unbound, or kept from before the patch: compressed in the forward seam, or refused."""
+    from transformers import GenerationMixin
+
+    inputs, text = make_inputs([[4, None, 5]]), make_inputs([[7]])
+    kept = llava.generate
+    want = llava.generate(**text, max_new_tokens=3, do_sample=False)
+    with vtc.patch(llava, "vtc_cls", 0.5) as handle:
+        for generate in (kept, lambda **given: GenerationMixin.generate(llava, **given)):
+            try:
+                generate(**inputs, max_new_tokens=3, do_sample=False)
+            except errors.UnsupportedModeError as error:
+                assert "call the model's own generate" in str(error)
+            else:
+                assert handle.report().llm_tokens == (18,)
+            assert torch.equal(generate(**text, max_new_tokens=3, do_sample=False), want)
 
 
 def test_a_cache_of_a_compressed_prompt_is_refused(llava: Any, make_inputs: Any) -> None:
@@ -268,6 +427,12 @@ def test_nan_scores(llava: Any, make_inputs: Any) -> None:
     inputs["pixel_values"][0, 0, 0, 0] = float("nan")
     with vtc.patch(llava, "vtc_cls", 0.5), pytest.raises(vtc.VtcError, match="NaN scores"):
         llava.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("thing", [vtc.method("random"), "random", int])
+def test_registering_what_is_no_method(thing: Any) -> None:
+    with pytest.raises(errors.OptionError, match=r"expected a class derived from vtc\.Method"):
+        vtc.register(thing)
 
 
 def test_a_name_that_is_taken() -> None:

@@ -52,7 +52,7 @@ def build_tokens(grids: Any, seed: int, extra: int = 0) -> Tokens:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(tokens=tokens_with_padding())
 def test_kept_are_ascending_unique_valid_and_counted(name: str, tokens: Tokens) -> None:
     method = vtc.method(name)
@@ -127,6 +127,18 @@ def test_random_depends_on_seed_and_picture() -> None:
     assert not torch.equal(keep, method.select(dataclasses.replace(tokens, seed=1), budget).keep)
 
 
+def test_random_pictures_and_seeds_that_share_low_bits_differ() -> None:
+    """torch's CPU generator looks at the lowest 32 bits of its seed alone."""
+    tokens = build_tokens([(1, 6, 6)] * 4, 1)
+    keys = torch.tensor([1, 1 + 2**12, 1 + 2**31, 5])
+    tokens = dataclasses.replace(tokens, signals={"image_key": keys})
+    method, budget, seen = vtc.method("random"), Budget.of(9), set()
+    for seed in (0, 1, -1, 2**20, 2**32, 2**70):
+        selection = method.select(dataclasses.replace(tokens, seed=seed), budget)
+        seen |= {tuple(row) for row in selection.keep.tolist()}
+    assert len(seen) == 6 * 4
+
+
 def test_random_is_uniform() -> None:
     tokens = build_tokens([(1, 1, 10)] * 2000, 0)
     kept = vtc.method("random").select(tokens, Budget.of(3)).mask().float().mean(0)
@@ -174,6 +186,76 @@ def test_every_position_policy_runs_and_batch_rows_equal_rows_alone(
                 0, -5:
             ]
             assert torch.equal(got, together[b])
+
+
+def test_a_method_of_ones_own_needs_no_more_than_select(llava: Any, make_inputs: Any) -> None:
+    class First(vtc.Method):
+        def select(self, tokens: Tokens, budget: Budget) -> vtc.Selection:
+            count = int(budget.counts(tokens.valid, tokens.parent)[0])
+            keep = torch.arange(count).expand(len(tokens.valid), -1)
+            return vtc.Selection(
+                keep, torch.ones_like(keep).bool(), tokens.lengths, tokens.parent, tokens.grid
+            )
+
+    with vtc.patch(llava, First(), 4) as handle:
+        llava.generate(**make_inputs([[4, None, None, 5]]), max_new_tokens=1, do_sample=False)
+    assert handle.report().method == "First"
+    assert handle.selections[0].keep.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_a_decision_over_something_else_is_refused(llava: Any, make_inputs: Any) -> None:
+    class Other(vtc.Method):
+        def select(self, tokens: Tokens, budget: Budget) -> vtc.Selection:
+            parent, grid = torch.zeros(1, 2).long(), [(1, 1, 3)]
+            return vtc.Selection.everything([3], parent, grid)  # type: ignore[list-item]
+
+    inputs = make_inputs([[4, None, 5]])
+    with (
+        vtc.patch(llava, Other(), 4),
+        pytest.raises(vtc.VtcError, match=r"decided over \(3,\), expected .* \(36,\) tokens"),
+    ):
+        llava.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber", "median", "published"])
+@pytest.mark.parametrize("name", METHODS)
+def test_position_ids(llava: Any, make_inputs: Any, name: str, positions: str) -> None:
+    """The position ids that the language model gets, worked out from the selection."""
+    rows: list[list[int | None]] = [[None, 5], [3, None, 2, None, 1], [4]]
+    seen: list[torch.Tensor] = []
+
+    def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_ids"])
+
+    llava.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+    with vtc.patch(llava, name, keeps_of(name)[0], positions=positions) as handle:
+        llava.generate(**make_inputs(rows), max_new_tokens=1, do_sample=False)
+    policy = vtc.method(name).published_positions if positions == "published" else positions
+    image = 0
+    for row, got in zip(rows, seen[-1].tolist(), strict=True):
+        want: list[int] = []
+        column = 0
+        for part in row:
+            if part is None:
+                found = image_positions(handle.selections[0], image, policy)
+                want += [column + p for p in found]
+                image += 1
+            else:
+                want += range(column, column + part)
+            column += part or 36
+        if policy == "renumber":
+            want = list(range(len(want)))
+        assert got[-len(want) :] == want
+
+
+def image_positions(selection: vtc.Selection, group: int, policy: str) -> list[int]:
+    found = selection.slot_positions[group].tolist()
+    if policy == "median" and selection.merge is not None:
+        slot, token, weight = (part[group] for part in selection.merge)
+        for s in range(len(found)):
+            if len(members := sorted(token[(slot == s) & (weight != 0)].tolist())):
+                found[s] = members[(len(members) - 1) // 2]
+    return [p for p in found if p >= 0]
 
 
 @pytest.mark.parametrize("name", ["vtc_cls", "random", "uniform"])

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
+import json
+import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +30,10 @@ def footprint(model: Any) -> dict[str, Any]:
     }
     return {
         "hooks": hooks,
-        "own": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "own": {
+            name: {key: id(value) for key, value in vars(module).items()}
+            for name, module in model.named_modules()
+        },
         "configs": {
             name: id(getattr(module, "config", None)) for name, module in model.named_modules()
         },
@@ -32,7 +41,12 @@ def footprint(model: Any) -> dict[str, Any]:
         "generation": model.generation_config.to_dict(),
         "forward": {name: module.forward.__func__ for name, module in model.named_modules()},
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "attention": sorted(ALL_ATTENTION_FUNCTIONS),
+        "implementations": {
+            name: module.config._attn_implementation
+            for name, module in model.named_modules()
+            if hasattr(module, "config")
+        },
+        "attention": {name: id(function) for name, function in ALL_ATTENTION_FUNCTIONS.items()},
     }
 
 
@@ -218,3 +232,190 @@ def test_pipeline_is_compressed(llava: Any, processor: Any, oracle: Any) -> None
     assert not torch.equal(whole, out), (
         "nothing that was dropped mattered: the comparison shows nothing"
     )
+
+
+def test_report_is_of_the_last_call(used: Any) -> None:
+    model, inputs = used
+    text = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with vtc.patch(model, "vtc_cls", 0.25) as handle:
+        for call in (lambda given: model.generate(**given, max_new_tokens=1), lambda g: model(**g)):
+            call(inputs)
+            handle.set(keep=0.5)
+            assert handle.report().keep == 0.25  # what that call kept
+            call(inputs)
+            assert handle.report().keep == 0.5
+            handle.set(keep=0.25)
+            call(text)
+            assert handle.selections == []
+            with pytest.raises(PatchError, match="no call with images to report on"):
+                handle.report()
+            call(inputs)
+            with pytest.raises(vtc.VtcError):
+                call(inputs | {"pixel_values": inputs["pixel_values"][0]})
+            assert handle.selections == []
+
+
+def test_report_of_a_direct_forward(used: Any) -> None:
+    model, inputs = used
+    for keep in (0.25, 1.0):
+        with vtc.patch(model, "vtc_cls", keep) as handle:
+            out = model(**inputs, use_cache=True)
+            report = handle.report()
+            # a later step of an own loop is part of the same call
+            step = {"input_ids": torch.tensor([[5], [6]]), "past_key_values": out.past_key_values}
+            model(**step)
+            assert handle.report() == report
+        assert report.new_tokens is None and report.tpot_ms is None
+        assert report.ttft_ms > (report.encoder_ms or 0)
+        length = inputs["input_ids"].shape[1] - 36 + round(36 * keep)
+        assert report.kv_bytes == 2 * length * 64 * 4 * 2 * 4
+
+
+def test_report_of_an_early_end(used: Any) -> None:
+    model, inputs = used
+    inputs = {name: tensor[:1] for name, tensor in inputs.items()}
+    with vtc.patch(model, "vtc_cls", 0.25) as handle:
+        out = model.generate(**inputs, max_new_tokens=12, do_sample=False, suppress_tokens=[90])
+        new = out[0, -12:].tolist()
+        model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, suppress_tokens=[90], eos_token_id=new[4]
+        )
+    assert handle.report().new_tokens == new.index(new[4]) + 1 < 12
+    json.dumps(handle.report().to_dict())
+
+
+def test_a_copy_of_a_patched_model_is_refused(used: Any) -> None:
+    """It would run the original's generate on its own weights, or the other way round."""
+    model, inputs = used
+    want = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    with vtc.patch(model, "vtc_cls", 0.3):
+        model.generate(**inputs, max_new_tokens=1)
+        for duplicate in (copy.deepcopy, pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
+            with pytest.raises(PatchError, match="was to be copied or pickled"):
+                duplicate(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.generate(**inputs, max_new_tokens=2, do_sample=False), want)
+
+
+def test_saving_a_patched_model_saves_the_stock_one(used: Any, tmp_path: Path) -> None:
+    model, inputs = used
+    model.save_pretrained(tmp_path / "stock")
+    with vtc.patch(model, "vtc_cls", 0.3):
+        model.generate(**inputs, max_new_tokens=1)
+        model.save_pretrained(tmp_path / "patched")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "patched").iterdir()}
+
+
+def test_removing_while_a_generate_is_running(used: Any) -> None:
+    """A consumer of a stream leaves the context before the generating thread has returned."""
+    from transformers.generation.streamers import BaseStreamer
+
+    model, inputs = used
+    inputs = {name: tensor[:1] for name, tensor in inputs.items()}
+    before = footprint(model)
+    for options in ({}, {"prompt_lookup_num_tokens": 2}):
+        handle = vtc.patch(model, "vtc_cls", 0.3)
+
+        class Leaving(BaseStreamer):
+            def put(self, value: torch.Tensor) -> None:
+                pass
+
+            def end(self, leave: Any = handle.remove) -> None:
+                leave()
+
+        model.generate(**inputs, max_new_tokens=2, do_sample=False, streamer=Leaving(), **options)
+        assert_same(footprint(model), dict(before))
+        assert handle.report().llm_tokens == (11,)
+
+
+def test_what_others_put_around_generate_stays_theirs(used: Any) -> None:
+    model, inputs = used
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [90]}
+    before, want = footprint(model), model.generate(**inputs, **options)
+    handle = vtc.patch(model, "vtc_cls", 0.3)
+    inner = model.generate
+    model.generate = outer = lambda **kwargs: inner(**kwargs)
+    assert not torch.equal(model.generate(**inputs, **options), want)
+    handle.remove()
+    assert model.generate is outer
+    # a function kept beyond the patch is stock
+    assert torch.equal(model.generate(**inputs, **options), want)
+    del model.generate
+    assert_same(footprint(model), before)
+
+
+def test_two_models_in_two_threads(make_llava: Any, make_inputs: Any) -> None:
+    inputs = make_inputs([[4, None, 5], [2, None, 9]])
+    options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [90]}
+    models = [make_llava(seed=seed) for seed in (0, 1)]
+
+    def answers(model: Any) -> list[torch.Tensor]:
+        return [model.generate(**inputs, **options), model(**inputs).logits]
+
+    for model in models:
+        vtc.patch(model, "vtc_cls", 0.3)
+    want = [answers(model) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        # generate of one model may be called from several threads too; a direct forward may not
+        twice = [model for model in models for _ in range(6)]
+        generated = list(pool.map(lambda m: m.generate(**inputs, **options), twice))
+        both = list(pool.map(answers, models))
+    for model, expected in zip(models, want, strict=True):
+        found = [g for g, m in zip(generated, twice, strict=True) if m is model]
+        assert all(torch.equal(g, expected[0]) for g in found)
+    for got, expected in zip(both, want, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("call", ["greedy", "beams", "lookup"])
+def test_an_exception_in_a_later_step_leaves_no_trace(used: Any, call: str) -> None:
+    model, inputs = used
+    if call == "lookup":
+        inputs = {name: tensor[:1] for name, tensor in inputs.items()}
+    options = {"greedy": {}, "beams": {"num_beams": 2}, "lookup": {"prompt_lookup_num_tokens": 2}}
+    before, steps = footprint(model), []
+
+    def criterion(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        steps.append(ids)
+        if len(steps) == 2:
+            raise RuntimeError("broken on purpose")
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with pytest.raises(RuntimeError, match="on purpose"), vtc.patch(model, "vtc_cls", 0.3):
+        model.generate(
+            **inputs,
+            max_new_tokens=9,
+            do_sample=False,
+            stopping_criteria=[criterion],
+            **options[call],
+        )
+    assert_same(footprint(model), before)
+
+
+# older stock versions compare the device of ids with that of offloaded weights
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
+@pytest.mark.parametrize("offload", [False, True])
+def test_models_that_accelerate_dispatched(
+    make_llava: Any, make_inputs: Any, offload: bool
+) -> None:
+    from accelerate import cpu_offload, dispatch_model
+
+    inputs, model = make_inputs([[4, None, 5], [2, None, 9]]), make_llava()
+
+    def answers(given: Any) -> list[torch.Tensor]:
+        with vtc.patch(given, "vtc_cls", 0.3), torch.no_grad():
+            generated = given.generate(**inputs, max_new_tokens=4, do_sample=False)
+            return [generated, given(**inputs).logits]
+
+    want = answers(model)
+    if offload:
+        placed = cpu_offload(model, execution_device="cpu")
+        with (
+            vtc.patch(placed, "downsample", 9),
+            pytest.raises(vtc.errors.UnsupportedModeError, match="weights are offloaded"),
+        ):
+            placed.generate(**inputs, max_new_tokens=1)
+    else:
+        placed = dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    assert all(torch.equal(a, b) for a, b in zip(answers(placed), want, strict=True))

@@ -43,6 +43,52 @@ def test_vtc_cls_equals_the_formula_on_a_24_block_tower(
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [-1, -3, 5, [-2, -1], [1, 3]])
+def test_vtc_cls_ends_at_the_feature_tap(
+    make_llava: Any, make_inputs: Any, layer: Any, implementation: str
+) -> None:
+    model = make_llava(blocks=24, vision_feature_layer=layer)
+    inputs = make_inputs([[4, None, 5], [2, None, None, 1]])
+    tap = max(i % 25 for i in (layer if isinstance(layer, list) else [layer])) - 1
+    with torch.no_grad():
+        rows = eager_rows(model, inputs["pixel_values"])
+    model.model.vision_tower.set_attn_implementation(implementation)
+    for start in (0, 2, 16, 22, -2, -24):
+        first = start % 24
+        if first > tap:
+            with pytest.raises(SignalError, match=f"features are read after block {tap}"):
+                vtc.patch(model, "vtc_cls", 9, start=start)
+            continue
+        with vtc.patch(model, "vtc_cls", 9, start=start) as handle:
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        want = rows[first : tap + 1].sum(0).topk(9, -1).indices.sort(-1).values
+        assert torch.equal(handle.selections[0].keep, want)
+
+
+def test_an_attention_function_finds_its_own_name_in_the_config(
+    llava: Any, make_inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flash attention loads the kernel that its module's config names."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    names = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def named(module: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(module.config._attn_implementation)
+        return sdpa(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "named", named)
+    for module in llava.model.vision_tower.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "named"
+    with vtc.patch(llava, "vtc_cls", 9) as handle:
+        llava.generate(**make_inputs([[4, None, 5]]), max_new_tokens=1, do_sample=False)
+    assert handle.selections[0].scores is not None
+    assert names == ["named"] * 6
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_tower_output_is_bit_identical_while_recording(
     make_llava: Any, make_inputs: Any, implementation: str
 ) -> None:
@@ -97,7 +143,9 @@ def test_methods_without_signals_touch_no_attention(
     llava: Any, make_inputs: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(ops, "attention_rows", None)
-    for method in ("random", "uniform", "average_pool", "downsample"):
+    names = ("random", "uniform", "average_pool", "downsample")
+    # what is swapped for a selector without scores needs none either
+    for method in (*names, vtc.method("vtc_cls", selector="uniform")):
         with vtc.patch(llava, method, 9):
             llava.generate(**make_inputs([[4, None, 5]]), max_new_tokens=1, do_sample=False)
 

@@ -8,19 +8,23 @@ import torch
 
 
 class Clock:
-    """Named moments of one call; on CUDA they are events, read only when asked for."""
+    """Named moments of one call; on CUDA they are events, read only when asked for.
+
+    Args:
+        device: where the model is.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self.device = device
         self._moments: dict[str, torch.cuda.Event | float] = {}
 
     def mark(self, name: str) -> None:
         """Remember now as `name`."""
-        if not self._cuda:
+        if self.device.type != "cuda":
             self._moments[name] = time.perf_counter()
             return
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         self._moments[name] = event
 
     def ms(self, start: str, end: str) -> float | None:

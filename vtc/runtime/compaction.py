@@ -27,6 +27,7 @@ class Compaction:
         columns: `int64[B, L]`: the original column an entry stands for (an appended slot: its
             image's last).
         origin: `int64[B, L]`: the original column whose position id an entry takes.
+        first: `int64[B, 1]`: the first original column that is attended to.
         length: S.
         appended: A.
     """
@@ -35,6 +36,7 @@ class Compaction:
     valid: Tensor
     columns: Tensor
     origin: Tensor
+    first: Tensor
     length: int
     appended: int
 
@@ -50,15 +52,15 @@ class Compaction:
         )
 
     def positions(self, position_ids: Tensor, mask: Tensor, policy: Policy) -> Tensor:
-        """Position ids `[(P,) B, S]` -> `[(P,) B, L]`; `mask` is the compacted one."""
-        rows = torch.arange(len(self.origin), device=self.origin.device)[:, None]
-        kept = position_ids.expand(*position_ids.shape[:-2], *self.columns.shape[:1], -1)[
-            ..., rows, self.origin
-        ]
+        """Position ids `[(P,) B or 1, S]` -> `[(P,) B, L]`; `mask` is the compacted one."""
+        batch = len(self.origin)
+        rows = torch.arange(batch, device=self.origin.device)[:, None]
+        ids = position_ids.expand(*position_ids.shape[:-2], batch, -1)
         if policy == "renumber":
-            first = kept.masked_fill(mask == 0, torch.iinfo(kept.dtype).max).amin(-1, keepdim=True)
-            kept = first + mask.long().cumsum(-1) - 1
-        return kept.masked_fill(mask == 0, 0)
+            short = ids[..., rows, self.first] + mask.long().cumsum(-1) - 1
+        else:
+            short = ids[..., rows, self.origin]
+        return short.masked_fill(mask == 0, 0)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """`[B, L, D]` -> `[B, S, D]`: every column takes the last entry at or before it.
@@ -85,78 +87,77 @@ def plan(
     """
     device = attention_mask.device
     batch, length = attention_mask.shape
-    rows, columns = images.rows.to(device), images.columns.to(device)
-    stays = attention_mask.long().cumsum(-1) > 0  # [B, S] from the first attended column on
-    group = rows[:, None].expand_as(columns)
-    stays[group[images.valid], columns[images.valid]] = False
+    placed = images.to(device)
     keep, keep_valid = selection.keep.to(device), selection.valid.to(device)
-    stays[rows[:, None].expand_as(keep)[keep_valid], columns.gather(1, keep)[keep_valid]] = True
+    # each group's scratch column S takes what is not valid
+    row = placed.rows[:, None]
+    visual = placed.columns.masked_fill(~placed.valid, length)
+    kept = placed.columns.gather(1, keep).masked_fill(~keep_valid, length)
+    stays = torch.ones(batch, length + 1, dtype=torch.bool, device=device)
+    stays[row, visual] = False
+    stays[row, kept] = True
+    stays = stays[:, :length] & (attention_mask.long().cumsum(-1) > 0)
 
-    origin_of = selection.slot_positions if policy != "median" else _median_positions(selection)
-    extra = _appended(images, selection, origin_of.to(device), batch)
+    positions = _median_positions(selection) if policy == "median" else selection.slot_positions
+    origin = torch.arange(length + 1, device=device).repeat(batch, 1)
+    at = positions[:, : keep.shape[1]].clamp_min(0).to(device)
+    origin[row, kept] = placed.columns.gather(1, at)
+    extra = _appended(images, positions[:, keep.shape[1] :].cpu(), batch)
+    extra_column, extra_origin, extra_valid = (part.to(device) for part in extra)
     here = torch.arange(length, device=device).expand(batch, -1)
-    columns_of = torch.cat([here, extra.column], 1)
-    origin = torch.cat([here, extra.origin], 1)
-    used = torch.cat([stays, extra.valid], 1)
+    columns = torch.cat([here, extra_column], 1)
+    origin = torch.cat([origin[:, :length], extra_origin], 1)
+    used = torch.cat([stays, extra_valid], 1)
+
     # appended slots sort behind their image's last column, before the next one
-    key = columns_of * (extra.valid.shape[1] + 1)
-    key[:, length:] += 1 + torch.arange(extra.valid.shape[1], device=device)
+    appended = extra_valid.shape[1]
+    key = columns * (appended + 1)
+    key[:, length:] += 1 + torch.arange(appended, device=device)
     short = int(used.sum(-1).max())
     order = key.masked_fill(~used, -1).argsort(dim=-1, stable=True)[:, used.shape[1] - short :]
-    if policy == "median" and keep.shape[1]:
-        kept_columns = columns.gather(1, keep)[keep_valid]
-        wanted = columns.gather(1, origin_of[:, : keep.shape[1]].clamp_min(0).to(device))[
-            keep_valid
-        ]
-        origin[:, :length] = origin[:, :length].index_put(
-            (rows[:, None].expand_as(keep)[keep_valid], kept_columns), wanted
-        )
     return Compaction(
         index=order,
         valid=used.gather(1, order),
-        columns=columns_of.gather(1, order),
+        columns=columns.gather(1, order),
         origin=origin.gather(1, order),
+        first=(attention_mask != 0).int().argmax(-1, keepdim=True),
         length=length,
-        appended=extra.valid.shape[1],
+        appended=appended,
     )
 
 
-def by_row(parts: list[Tensor], rows: list[int], batch: int) -> Tensor:
+def by_row(parts: list[Tensor], rows: Tensor, batch: int) -> Tensor:
     """Per-image parts `[n_i, ...]` joined by batch row, in order, padded: `[batch, A, ...]`."""
-    joined = [
-        torch.cat([part for part, r in zip(parts, rows, strict=True) if r == row] or [parts[0][:0]])
-        for row in range(batch)
-    ]
-    return pad_sequence(joined, batch_first=True)
+    of_row: list[list[Tensor]] = [[parts[0][:0]] for _ in range(batch)]
+    for part, row in zip(parts, rows.tolist(), strict=True):
+        of_row[row].append(part)
+    return pad_sequence([torch.cat(found) for found in of_row], batch_first=True)
 
 
-@dataclass(frozen=True, eq=False)
-class _Appended:
-    column: Tensor  # [B, A] last column of the slot's image
-    origin: Tensor  # [B, A] column whose position id the slot takes
-    valid: Tensor  # [B, A]
-
-
-def _appended(images: Images, selection: Selection, origin_of: Tensor, batch: int) -> _Appended:
-    """Appended slots of all images, by row, in order."""
+def _appended(images: Images, tokens: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Appended slots by row and in order, each `[B, A]`: their column, the column whose position
+    they take, and which exist. `tokens [G, A_g]` on the CPU names the token of each group whose
+    position a slot takes."""
     parts = []
-    for g, length in enumerate(images.lengths):
-        slots = origin_of[g, selection.keep.shape[1] :]
+    for places, length, slots in zip(images.columns, images.lengths, tokens, strict=True):
         slots = slots[slots >= 0]
-        columns = images.columns[g].to(slots.device)
-        last = columns[length - 1].expand_as(slots)
-        parts.append(torch.stack([last, columns[slots], torch.ones_like(slots)], -1))  # [n, 3]
-    column, origin, valid = by_row(parts, images.rows.tolist(), batch).unbind(-1)
-    return _Appended(column, origin, valid.bool())
+        last = places[length - 1].expand_as(slots)
+        parts.append(torch.stack([last, places[slots], torch.ones_like(slots)], -1))
+    column, origin, valid = by_row(parts, images.rows, batch).unbind(-1)
+    return column, origin, valid.bool()
 
 
 def _median_positions(selection: Selection) -> Tensor:
     """Per slot the token whose position it takes: for merged ones the (lower) median member."""
-    positions = selection.slot_positions.clone()
-    if selection.merge is not None:
-        slot, token, weight = selection.merge
-        for g in range(len(positions)):
-            for s in slot[g][weight[g] != 0].unique().tolist():
-                members = token[g][(slot[g] == s) & (weight[g] != 0)]
-                positions[g, s] = members.median()
-    return positions
+    positions = selection.slot_positions
+    if selection.merge is None or not selection.merge[0].shape[1]:
+        return positions
+    slot, token, weight = (part.to(positions.device) for part in selection.merge)
+    used, width = weight != 0, max(selection.lengths)
+    # members sorted by slot, then token, padding last
+    key = torch.where(used, slot * width + token, positions.shape[1] * width)
+    members = key.sort(-1).values % width
+    count = torch.zeros_like(positions).scatter_add_(1, slot, used.long())
+    start = count.cumsum(-1) - count
+    middle = start + (count - 1).clamp_min(0) // 2
+    return torch.where(count > 0, members.gather(1, middle.clamp_max(key.shape[1] - 1)), positions)

@@ -7,7 +7,8 @@ need to know travels on the cache object, so that it lives exactly as long as th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.errors import NeverCompressedError, UnsupportedModeError
+from vtc.errors import InputError, NeverCompressedError, PatchError, UnsupportedModeError
 from vtc.runtime.clock import Clock
 from vtc.runtime.images import Images
+from vtc.runtime.report import kv_bytes
 from vtc.runtime.session import Session, Short, gather_groups
 from vtc.types import Selection
 
@@ -31,22 +33,21 @@ class CacheState:
     Attributes:
         prompt: length of the original prompt.
         mask: `[B, L]` over the entries in the cache.
-        shift: `[(P,) B, 1]`, subtracted from later position ids given by the caller.
-        last: `[(P,) B, 1]`, the last position id of the prompt.
+        shift: `[(P,) B, 1]`, subtracted from the position ids that the stock model would use later.
     """
 
     prompt: int
     mask: Tensor
     shift: Tensor
-    last: Tensor
 
 
-def remember(cache: Any, short: Short) -> None:
-    """Note on a cache that its prompt was compressed."""
-    if cache is not None:
-        last = short.position_ids[..., -1:]
-        state = CacheState(short.compaction.length, short.attention_mask, short.shift, last)
+def remember(cache: Any, short: Short | None) -> None:
+    """Note on a cache that its prompt was compressed, or that it was not."""
+    if short is not None and cache is not None:
+        state = CacheState(short.compaction.length, short.attention_mask, short.shift)
         setattr(cache, _STATE, state)
+    elif hasattr(cache, _STATE):
+        delattr(cache, _STATE)  # a static cache that is used again
 
 
 def remembered(cache: Any) -> CacheState | None:
@@ -58,16 +59,23 @@ def remembered(cache: Any) -> CacheState | None:
     return state
 
 
+def filled(cache: Any) -> int:
+    """How many entries a cache holds; None holds none."""
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
 @dataclass
 class _Pending:
     """A forward with images that is under way."""
 
     images: Images
-    inputs: dict[str, Any]
+    inputs: Mapping[str, Any]
     clock: Clock
+    whole: bool
+    reached: bool = False
     small: list[Tensor] | None = None
     selection: Selection | None = None
-    restore: Short | None = None
+    short: Short | None = None
 
 
 class ForwardSeam:
@@ -79,42 +87,66 @@ class ForwardSeam:
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self._lock = threading.Lock()
+        self._attached = False  # what is wanted; within `suspended` there are no hooks all the same
+        self._suspensions = 0
         self._hooks: list[Any] = []
         self._pending: _Pending | None = None
-        self._expected: tuple[Images, dict[str, Any], Clock] | None = None
+        self._expected: tuple[Images, Mapping[str, Any], Clock] | None = None
         self._recording = ExitStack()
-        self.attach()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PatchError(
+            "a patched model was to be copied or pickled, expected an unpatched one: the copy "
+            "would share the patch; call vtc.unpatch(model) first"
+        )
 
     def attach(self) -> None:
         """Register the hooks."""
-        base, language_model = self.session.adapter.base, self.session.adapter.language_model
-        self._hooks = [
-            base.register_forward_pre_hook(self._before_base, with_kwargs=True),
-            base.register_forward_hook(self._after_base, always_call=True),
-            language_model.register_forward_pre_hook(self._before_language, with_kwargs=True),
-            language_model.register_forward_hook(self._after_language, with_kwargs=True),
-        ]
+        with self._lock:
+            self._attached = True
+            self._settle()
 
     def detach(self) -> None:
-        """Remove the hooks and everything a broken-off call left."""
-        while self._hooks:
-            self._hooks.pop().remove()
-        self._recording.close()
-        self._pending = None
+        """Remove the hooks and everything a broken-off call left, for good."""
+        with self._lock:
+            self._attached = False
+            self._settle()
+        self._clear()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Within it the model is stock, so that compiled decoding has nothing to trace."""
-        attached = bool(self._hooks)
-        self.detach()
+        with self._lock:
+            self._suspensions += 1
+            self._settle()
         try:
             yield
         finally:
-            if attached:
-                self.attach()
+            with self._lock:
+                self._suspensions -= 1
+                self._settle()
+
+    def _settle(self) -> None:
+        """Make the hooks be there, or not; a patch may be removed while a generate is running."""
+        wanted = self._attached and not self._suspensions
+        while self._hooks and not wanted:
+            self._hooks.pop().remove()
+        if wanted and not self._hooks:
+            base, language_model = self.session.adapter.base, self.session.adapter.language_model
+            self._hooks = [
+                base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+                base.register_forward_hook(self._after_base, always_call=True),
+                language_model.register_forward_pre_hook(self._before_language, with_kwargs=True),
+                language_model.register_forward_hook(self._after_language),
+            ]
+
+    def _clear(self) -> None:
+        self._recording.close()
+        self._pending = None
 
     @contextmanager
-    def expecting(self, images: Images, inputs: dict[str, Any], clock: Clock) -> Iterator[None]:
+    def expecting(self, images: Images, inputs: Mapping[str, Any], clock: Clock) -> Iterator[None]:
         """Within it a stock generate runs on these images; the tower may run before the base."""
         self._expected = (images, inputs, clock)
         with self.session.signals.recording():
@@ -126,113 +158,151 @@ class ForwardSeam:
     def _before_base(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # some families call their base model by position
-        given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        ids = given.get("input_ids")
-        encoded = given.get("mm_encoder_outputs") is not None
-        if ids is None or not (self.session.adapter.has_images(given) or encoded):
+        self._clear()  # an interrupt runs no hook behind it
+        given = kwargs
+        if args:  # some families call their base model by position
+            given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs  # noqa: B905
+        encoded = _holds_features(given.get("mm_encoder_outputs"))
+        if not (encoded or self.session.adapter.has_images(given)):
+            if self._expected is None and filled(given.get("past_key_values")) == 0:
+                self.session.last = None
             return None
-        if self._expected is not None:
-            images, inputs, clock = self._expected
-        elif encoded:
+        if filled(given.get("past_key_values")):
             raise UnsupportedModeError(
-                "mm_encoder_outputs was given, expected pixels on a patched model: features "
-                "computed before cannot be scored"
+                "images came with a cache that is not empty, expected none on a patched model: "
+                "pass the whole conversation without past_key_values"
             )
-        else:
-            inputs, clock = given, Clock(ids.device)
-            clock.mark("start")
-            images = self.session.images(given, ids)
-        if self.session.keeps_all(images):
-            everything = Selection.everything(images.lengths, images.parent, images.grids)
-            self.session.note(images, everything, clock)
+        images, inputs, clock = self._expected or self._arrived(given, encoded)
+        pending = _Pending(images, inputs, clock, whole=self.session.keeps_all(images))
+        self._pending = pending
+        if pending.whole:
             return None
-        self._pending = _Pending(images, inputs, clock)
         if self.session.method.site == "pixels":
+            pending.selection = selection = self.session.decide_before(images, inputs)
+            pending.whole = selection.is_identity
+            if pending.whole:
+                return None
+            pending.small = self.session.encode_small(images, selection, inputs)
             return (), self._without_pixels(given)
         if self._expected is None:
             self._recording.enter_context(self.session.signals.recording())
         return None
 
-    def _without_pixels(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _arrived(
+        self, given: Mapping[str, Any], encoded: bool
+    ) -> tuple[Images, Mapping[str, Any], Clock]:
+        """The images of a direct call."""
+        self.session.last = None
+        if encoded:
+            raise UnsupportedModeError(
+                "mm_encoder_outputs reached a patched model, expected pixels: features computed "
+                "before cannot be scored; call the model's own generate (not one taken before the "
+                "patch or of its class) with pixel_values"
+            )
+        clock = self.session.clock(given)
+        return self.session.images(given), given, clock
+
+    def _without_pixels(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Text embeddings only: the small images' tokens are put in before the language model."""
-        pending = self._pending
-        embeds = self.session.adapter.model.get_input_embeddings()(given["input_ids"])
-        nothing = embeds.new_zeros(*pending.images.columns.shape, 0)  # type: ignore[union-attr]
-        pending.selection = self.session.decide(pending.images, nothing, pending.inputs)  # type: ignore[union-attr]
-        pending.small = self.session.encode_small(pending.images, pending.selection, pending.inputs)  # type: ignore
+        embeds = given.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.session.embedded(given["input_ids"])
         dropped = {*self.session.adapter.visual_inputs, "mm_encoder_outputs", "input_ids"}
-        return {**{k: v for k, v in given.items() if k not in dropped}, "inputs_embeds": embeds}
+        return {k: v for k, v in given.items() if k not in dropped} | {"inputs_embeds": embeds}
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._recording.close()
-        pending, self._pending = self._pending, None
-        if pending is not None and output is not None and pending.restore is None:
+        pending = self._pending
+        self._clear()
+        if pending is None or output is None:
+            return
+        if not pending.reached:
             raise NeverCompressedError(
                 "images were given, but the language model was not run; expected the stock "
                 f"forward of {type(module).__name__}"
             )
+        if self._expected is None:
+            pending.clock.mark("first")
 
     def _before_language(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         pending = self._pending
-        if pending is not None and pending.restore is None:
-            return args, self._compressed(pending, kwargs)
+        if pending is not None and not pending.reached:
+            pending.reached = True
+            if pending.whole:
+                self.session.note(pending.images, pending.selection, pending.clock)
+                return None
+            short = self._compressed(pending, kwargs)
+            return None if short is None else (args, {**kwargs, **short})
         state = remembered(kwargs.get("past_key_values"))
         return None if state is None else (args, _later_step(state, kwargs))
 
-    def _compressed(self, pending: _Pending, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _compressed(self, pending: _Pending, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """The short inputs, or None where the method kept everything."""
         pending.clock.mark("encoded")
-        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+        embeds = kwargs["inputs_embeds"]
+        batch, length = embeds.shape[:2]
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
         if mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = torch.ones(batch, length, dtype=torch.long, device=embeds.device)
+        if not isinstance(mask, Tensor) or mask.shape != (batch, length):
+            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise UnsupportedModeError(
-                "the attention mask of this forward is not 2-D, expected [B, S] on a patched "
-                "model: pass the processor's attention_mask and no prepared 4-D mask"
+                f"the attention mask of this forward is {got}, expected {(batch, length)} on a "
+                "patched model: pass the processor's attention_mask and no prepared 4-D mask"
             )
-        positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
-        if pending.selection is None:
+            positions = torch.arange(length, device=embeds.device)[None]
+        selection = pending.selection
+        if selection is None:
             groups = gather_groups(pending.images, embeds)
-            pending.selection = self.session.decide(pending.images, groups, pending.inputs)
-        self.session.note(pending.images, pending.selection, pending.clock)
+            selection = self.session.decide(pending.images, groups, pending.inputs)
+        self.session.note(pending.images, selection, pending.clock)
+        if selection.is_identity:
+            return None
         short = self.session.shorten(
-            pending.images, pending.selection, embeds, mask, positions, pending.small
+            pending.images, selection, embeds, mask, positions, pending.small
         )
-        pending.restore = short
+        pending.short = short
         pending.clock.mark("selected")
         # the mask stays even if all ones: without it, gaps in position ids read as packed sequences
         return {
-            **kwargs,
             "inputs_embeds": short.inputs_embeds,
             "attention_mask": short.attention_mask,
             "position_ids": short.position_ids,
         }
 
-    def _after_language(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _after_language(self, module: nn.Module, args: Any, output: Any) -> Any:
         pending = self._pending
-        if pending is None or pending.restore is None:
+        if pending is None:
             return output
-        short = pending.restore
-        remember(getattr(output, "past_key_values", None), short)
+        cache = getattr(output, "past_key_values", None)
+        if self.session.last is not None:
+            self.session.last.kv_bytes = kv_bytes(cache)
+        short = pending.short
+        remember(cache, short)
+        if short is None:
+            return output
         hidden = short.compaction.restore(output[0])
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(map(short.compaction.restore, output.hidden_states))
         return output
 
 
-def _later_step(state: CacheState, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _holds_features(encoded: Any) -> bool:
+    """Whether encoder outputs are among the inputs; stock generate hands on an empty dict."""
+    return bool(encoded) and any(output is not None for output in encoded.values())
+
+
+def _later_step(state: CacheState, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of a step behind a compressed prompt: the mask is respliced, positions continue."""
-    cache, embeds, mask = (
-        kwargs["past_key_values"],
+    embeds, mask, positions = (
         kwargs["inputs_embeds"],
         kwargs.get("attention_mask"),
+        kwargs.get("position_ids"),
     )
     batch, new = embeds.shape[:2]
     if batch != len(state.mask):
@@ -241,27 +311,25 @@ def _later_step(state: CacheState, kwargs: dict[str, Any]) -> dict[str, Any]:
             "expected the same batch: use generate() for beams"
         )
     # negative when assisted decoding took back candidates that ran along with the prompt
-    behind = int(cache.get_seq_length()) - state.mask.shape[1]
+    behind = filled(kwargs["past_key_values"]) - state.mask.shape[1]
     start = state.mask[:, : state.mask.shape[1] + min(behind, 0)]
     later = max(behind, 0) + new
     wanted = state.prompt + behind + new
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == wanted:
-        tail = mask[:, -later:]
-    elif mask is None:
+    if mask is None:
         tail = start.new_ones(batch, later)
+    elif isinstance(mask, Tensor) and mask.shape == (batch, wanted):
+        tail = mask[:, -later:]
     else:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise UnsupportedModeError(
+        raise InputError(
             f"attention_mask of this step is {got}, expected {(batch, wanted)}: the original "
             f"prompt's mask and ones for what came after it"
         )
-    positions = kwargs.get("position_ids")
     if positions is None:
-        positions = state.last + behind + 1 + torch.arange(new, device=embeds.device)
-    else:
-        positions = positions - state.shift
+        # as the stock model counts them: by what it would have in its cache
+        positions = torch.arange(wanted - new, wanted, device=embeds.device)[None]
     return {
         **kwargs,
         "attention_mask": torch.cat([start, tail.to(start)], 1),
-        "position_ids": positions,
+        "position_ids": positions - state.shift,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError
 from vtc.runtime.clock import Clock
-from vtc.runtime.forward import ForwardSeam, remember, remembered
+from vtc.runtime.forward import ForwardSeam, filled, remember, remembered
 from vtc.runtime.images import Images
-from vtc.runtime.session import Call, Session, Short, gather_groups
-from vtc.types import Selection
+from vtc.runtime.report import kv_bytes
+from vtc.runtime.session import Session, Short, gather_groups
 
 
 class GenerateSeam:
@@ -36,83 +37,62 @@ class GenerateSeam:
         self.session = session
         self.stock = stock
         self.forward = forward
+        # signals and the last decision belong to one call at a time
+        self._lock = threading.RLock()
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the stock `generate`."""
         kwargs = _by_keyword(self.stock, args, kwargs)
-        config = _Config(self.session.adapter.model, kwargs)
-        if remembered(kwargs.get("past_key_values")):
-            raise UnsupportedModeError(
-                "generate() got a cache that holds a compressed prompt, expected a fresh one: "
-                "start each turn from the full conversation without past_key_values"
-            )
-        if kwargs.get("mm_encoder_outputs") is not None:
-            raise UnsupportedModeError(
-                "generate() got mm_encoder_outputs, expected pixels on a patched model: features "
-                "computed before cannot be scored"
-            )
-        if not self.session.adapter.has_images(kwargs):
+        with self._lock:
+            self.session.last = None
+            config = _Config(self.session.adapter.model, kwargs)
+            has_images = self.session.adapter.has_images(kwargs)
+            _refuse(kwargs, config, has_images)
+            if not has_images:
+                with self.forward.suspended():
+                    return self._run(kwargs)
+            clock = self.session.clock(kwargs)
+            images = self.session.images(kwargs)
+            if self.session.keeps_all(images):
+                self.session.note(images, None, clock)
+                with self.forward.suspended():
+                    return self._run(kwargs)
+            if config.assisted:
+                return self._assisted(images, kwargs, clock)
             with self.forward.suspended():
-                return self.stock(**kwargs)
-        if config["prefill_chunk_size"] is not None:
-            raise UnsupportedModeError(
-                "prefill_chunk_size was given, expected None with images on a patched model: "
-                "stock chunking ignores short embeddings"
-            )
-        clock = Clock(kwargs["input_ids"].device)
-        clock.mark("start")
-        images = self.session.images(kwargs, kwargs["input_ids"])
-        if self.session.keeps_all(images):
-            return self._whole(images, kwargs, clock)
-        if config.assisted:
-            return self._assisted(images, kwargs, clock)
-        return self._short(images, kwargs, clock, config)
-
-    def _whole(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
-        everything = Selection.everything(images.lengths, images.parent, images.grids)
-        call = self.session.note(images, everything, clock)
-        with self.forward.suspended():
-            return self._run(call, kwargs, None)
+                return self._short(images, kwargs, clock, config)
 
     def _short(self, images: Images, kwargs: dict[str, Any], clock: Clock, config: _Config) -> Any:
+        session, model = self.session, self.session.adapter.model
         mask = _attention_mask(kwargs, config)
-        model = self.session.adapter.model
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = model._prepare_position_ids_for_generation(
                 kwargs["input_ids"], {**kwargs, "attention_mask": mask}
             )
-        with self.forward.suspended():
-            selection, embeds, small = self._choose(images, kwargs, clock)
-            call = self.session.note(images, selection, clock)
-            if selection.is_identity:
-                return self._run(call, kwargs, None)
-            short = self.session.shorten(images, selection, embeds, mask, positions, small)
-            clock.mark("selected")
-            with _processors_see(model, mask):
-                return self._run(call, _shortened(self.session, kwargs, short, config), short)
-
-    def _choose(
-        self, images: Images, kwargs: dict[str, Any], clock: Clock
-    ) -> tuple[Selection, Tensor, list[Tensor] | None]:
-        """The decision, full embeddings, and each image's own tokens at the pixel site."""
-        if self.session.method.site == "pixels":
-            embeds = self.session.adapter.model.get_input_embeddings()(kwargs["input_ids"])
-            nothing = embeds.new_zeros(*images.columns.shape, 0)
-            selection = self.session.decide(images, nothing, kwargs)
-            small = self.session.encode_small(images, selection, kwargs)
+        small = None
+        if session.method.site == "pixels":
+            selection = session.decide_before(images, kwargs)
+        else:
+            embeds = session.capture(kwargs, clock)["inputs_embeds"]
+            selection = session.decide(images, gather_groups(images, embeds), kwargs)
+        session.note(images, selection, clock)
+        if selection.is_identity:
+            return self._run(kwargs)
+        if session.method.site == "pixels":
+            embeds = session.embedded(kwargs["input_ids"])
+            small = session.encode_small(images, selection, kwargs)
             clock.mark("encoded")
-            return selection, embeds, small
-        captured = self.session.capture(kwargs, clock)
-        embeds = captured["inputs_embeds"]
-        return self.session.decide(images, gather_groups(images, embeds), kwargs), embeds, None
+        short = session.shorten(images, selection, embeds, mask, positions, small)
+        clock.mark("selected")
+        with _processors_see(model, kwargs["input_ids"], mask):
+            return self._run(_shortened(session, kwargs, short, config), short)
 
     def _assisted(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
         """Through the forward seam: stock assisted decoding cannot start from embeddings."""
-        self.session.last = None
         with self.forward.expecting(images, kwargs, clock):
-            out = self.stock(**kwargs)
+            out = self._run(kwargs, forget=False)
         if self.session.last is None:
             raise NeverCompressedError(
                 "generate() ended without compressing: the language model was never run on the "
@@ -120,26 +100,27 @@ class GenerateSeam:
             )
         return out
 
-    def _run(self, call: Call, kwargs: dict[str, Any], short: Short | None) -> Any:
+    def _run(self, kwargs: dict[str, Any], short: Short | None = None, forget: bool = True) -> Any:
         """The stock generate; notes the moment of the first logits and the size of the cache."""
-        length = kwargs["input_ids"].shape[1]
 
         def after_prefill(module: Any, args: Any, output: Any) -> None:
             hook.remove()
-            call.clock.mark("first")
             cache = getattr(output, "past_key_values", None)
-            call.kv_bytes = _kv_bytes(cache)
-            if short is not None:
+            if short is not None or forget:
                 remember(cache, short)
+            if self.session.last is not None:
+                self.session.last.clock.mark("first")
+                self.session.last.kv_bytes = kv_bytes(cache)
 
         hook = self.session.adapter.model.register_forward_hook(after_prefill)
         try:
             out = self.stock(**kwargs)
         finally:
             hook.remove()
-        call.clock.mark("end")
-        sequences = out if isinstance(out, Tensor) else out.sequences
-        call.new_tokens = sequences.shape[1] - length
+        if (call := self.session.last) is not None:
+            call.clock.mark("end")
+            sequences = out if isinstance(out, Tensor) else out.sequences
+            call.new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]
         return out
 
 
@@ -158,45 +139,86 @@ class _Config:
 
     @property
     def assisted(self) -> bool:
-        return self.given.get("assistant_model") is not None or bool(
-            self["prompt_lookup_num_tokens"]
+        """Whether stock generate will speculate; with beams it ignores what asks for it."""
+        asked = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+        speculates = self.given.get("assistant_model") is not None or any(
+            self[name] is not None and self[name] is not False for name in asked
         )
+        return speculates and (self["num_beams"] or 1) == 1
 
 
 def _by_keyword(
     stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """All arguments by name, `inputs` as `input_ids`."""
-    named = dict(zip(inspect.signature(stock).parameters, args, strict=False)) | kwargs
+    named = dict(kwargs)
+    if args:
+        signature = inspect.signature(stock)
+        named = dict(signature.bind(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                named |= named.pop(name, {})
     ids = named.pop("inputs", None)
     if ids is not None:
         if named.get("input_ids") is not None:
             raise InputError("generate() got both inputs and input_ids, expected one of them")
         named["input_ids"] = ids
-    if named.get("pixel_values") is not None and not isinstance(named.get("input_ids"), Tensor):
-        got = type(named.get("input_ids")).__name__
-        raise InputError(
-            f"generate() got pixel_values and input_ids of type {got}, expected a tensor [B, S]"
-        )
     return named
+
+
+def _refuse(kwargs: Mapping[str, Any], config: _Config, has_images: bool) -> None:
+    """Raise for what would not be right on a patched model."""
+    cache = kwargs.get("past_key_values")
+    if remembered(cache):
+        raise UnsupportedModeError(
+            "generate() got a cache that holds a compressed prompt, expected a fresh one: "
+            "start each turn from the full conversation without past_key_values"
+        )
+    if kwargs.get("mm_encoder_outputs") is not None:
+        raise UnsupportedModeError(
+            "generate() got mm_encoder_outputs, expected pixels on a patched model: features "
+            "computed before cannot be scored"
+        )
+    if not has_images:
+        return
+    if kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedModeError(
+            "generate() got inputs_embeds beside pixel_values, expected input_ids alone on a "
+            "patched model: pass the processor's input_ids"
+        )
+    if filled(cache):
+        raise UnsupportedModeError(
+            "generate() got images and a cache that is not empty, expected none on a patched "
+            "model: pass the whole conversation without past_key_values"
+        )
+    if config["prefill_chunk_size"] is not None:
+        raise UnsupportedModeError(
+            "prefill_chunk_size was given, expected None with images on a patched model: "
+            "stock chunking ignores short embeddings"
+        )
+    if "_vtc_handle" in getattr(kwargs.get("assistant_model"), "__dict__", {}):
+        raise UnsupportedModeError(
+            "assistant_model is patched itself, expected a stock model: call vtc.unpatch on it"
+        )
 
 
 def _attention_mask(kwargs: Mapping[str, Any], config: _Config) -> Tensor:
     """The 2-D mask that the stock generate would use."""
     ids: Tensor = kwargs["input_ids"]
-    mask: Tensor | None = kwargs.get("attention_mask")
+    mask: Any = kwargs.get("attention_mask")
     if mask is None:
         pad, eos = config["pad_token_id"], config["eos_token_id"]
         ends = eos if isinstance(eos, list) else [eos]
         if pad is not None and pad not in ends and bool((ids == pad).any()):
-            return (ids != pad).long()
+            return torch.ne(ids, pad).long()
         return torch.ones_like(ids)
-    if mask.shape != ids.shape:
-        raise UnsupportedModeError(
-            f"attention_mask has shape {tuple(mask.shape)}, expected that of input_ids "
-            f"{tuple(ids.shape)}"
-        )
-    return mask
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        return mask
+    got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    raise InputError(
+        f"attention_mask is {got}, expected a tensor of the shape of input_ids {tuple(ids.shape)}: "
+        "pass the processor's"
+    )
 
 
 def _shortened(
@@ -230,32 +252,21 @@ def _shortened(
 
 
 @contextmanager
-def _processors_see(model: Any, mask: Tensor) -> Iterator[None]:
-    """Logits processors get the full mask: stock penalties find padding in the full ids by it."""
+def _processors_see(model: Any, ids: Tensor, mask: Tensor) -> Iterator[None]:
+    """Logits processors get the full prompt and its mask: stock penalties look at both."""
     stock = model._get_logits_processor
 
-    def with_full_mask(
+    def with_full_prompt(
         *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         seen = dict(model_kwargs or {})
         rows = len(seen["inputs_embeds"]) // len(mask)
         whole = bool((mask == 1).all())
         seen["attention_mask"] = None if whole else mask.repeat_interleave(rows, 0)
-        return stock(*args, model_kwargs=seen, **kwargs)
+        return stock(*args, **{**kwargs, "encoder_input_ids": ids, "model_kwargs": seen})
 
-    vars(model)["_get_logits_processor"] = with_full_mask
+    vars(model)["_get_logits_processor"] = with_full_prompt
     try:
         yield
     finally:
         del vars(model)["_get_logits_processor"]
-
-
-def _kv_bytes(cache: Any) -> int | None:
-    """Bytes of keys and values in a cache."""
-    parts = [
-        getattr(layer, name, None)
-        for layer in getattr(cache, "layers", [])
-        for name in ("keys", "values")
-    ]
-    found = [part.nbytes for part in parts if isinstance(part, Tensor)]
-    return sum(found) if found else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import operator
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,9 +25,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# the handle lives on the model, so that it dies with it
+_HANDLE = "_vtc_handle"
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
 def _handle_of(model: object) -> Handle | None:
-    """The handle of a patched model; it lives on the override, so that it dies with the model."""
-    handle = getattr(getattr(model, "__dict__", {}).get("generate"), "vtc_handle", None)
+    """The handle of a patched model."""
+    handle = getattr(model, "__dict__", {}).get(_HANDLE)
     return handle if isinstance(handle, Handle) and handle._model is model else None
 
 
@@ -46,30 +53,38 @@ class Handle:
         self._kernels = kernels
         self._model: Any = session.adapter.model
         self._forward = ForwardSeam(session)
-        self._before: dict[str, Any] = {}
+        self._overrides = {"generate": self._generate()}
+        for name in _BATCHING:
+            if hasattr(self._model, name):
+                self._overrides[name] = self._refusal(name)
+        own = vars(self._model)
+        self._before = {name: own[name] for name in self._overrides if name in own}
+        own.update(self._overrides)
+        own[_HANDLE] = self
+        self._forward.attach()
+
+    def _generate(self) -> Callable[..., Any]:
         stock = self._model.generate
-        seam = GenerateSeam(session, stock, self._forward)
+        seam = GenerateSeam(self._session, stock, self._forward)
 
         # pipelines inspect the signature, so the override keeps the stock one
         @functools.wraps(stock)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            return seam(*args, **kwargs)
+            # somebody may have kept this function beyond the patch
+            patched = _handle_of(self._model) is self
+            return seam(*args, **kwargs) if patched else stock(*args, **kwargs)
 
-        @functools.wraps(self._model.generate_batch)
-        def generate_batch(*args: Any, **kwargs: Any) -> Any:
+        return generate
+
+    def _refusal(self, name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(self._model, name))
+        def refuse(*args: Any, **kwargs: Any) -> Any:
             raise UnsupportedModeError(
-                "generate_batch (continuous batching) was called on a patched model, expected "
+                f"{name} (continuous batching) was called on a patched model, expected "
                 "generate: it would run uncompressed; vtc.unpatch(model) first"
             )
 
-        generate.vtc_handle = self  # type: ignore[attr-defined]
-        self._override("generate", generate)
-        self._override("generate_batch", generate_batch)
-
-    def _override(self, name: str, function: Any) -> None:
-        if name in vars(self._model):
-            self._before[name] = vars(self._model)[name]
-        setattr(self._model, name, function)
+        return refuse
 
     def set(self, *, keep: float | int) -> None:
         """Change the budget without patching again.
@@ -84,9 +99,13 @@ class Handle:
         if _handle_of(self._model) is not self:
             return
         self._forward.detach()
-        for name in ("generate", "generate_batch"):
-            vars(self._model).pop(name, None)
-        vars(self._model).update(self._before)
+        own = vars(self._model)
+        del own[_HANDLE]
+        for name, function in self._overrides.items():
+            # what somebody else put around ours stays theirs; inside, ours is stock from now on
+            if own.get(name) is function:
+                del own[name]
+                own |= {name: self._before[name]} if name in self._before else {}
 
     def __enter__(self) -> Handle:
         return self
@@ -102,21 +121,21 @@ class Handle:
     def _last(self) -> Call:
         if self._session.last is None:
             raise PatchError(
-                "there is no call with images to report on yet; call model.generate or "
-                "model.forward first"
+                "there is no call with images to report on: none was made yet, or the last one had "
+                "no images or failed; call model.generate with pixel_values first"
             )
         return self._session.last
 
     @property
     def selections(self) -> list[Selection]:
-        """One `Selection` per site of the last call with images, in order; else empty."""
+        """One `Selection` per site of the last call, in order; empty if it had no images."""
         return [self._session.last.selection] if self._session.last else []
 
     def report(self) -> Report:
-        """What the last call with images kept and cost.
+        """What the last call kept and cost.
 
         Raises:
-            PatchError: there was none yet.
+            PatchError: there was none yet, it had no images, or it failed.
         """
         return report_of(self._session, self._last(), self._positions, self._kernels)
 
@@ -159,7 +178,7 @@ def patch(
     """
     chosen = build_method(method, **method_options)
     budget = chosen.check_keep(keep)
-    if positions not in get_args(Positions):
+    if not isinstance(positions, str) or positions not in get_args(Positions):
         raise OptionError(
             f"positions={positions!r} is unknown; expected one of {', '.join(get_args(Positions))}"
         )
@@ -167,7 +186,7 @@ def patch(
         raise OptionError(
             "fast=True was asked for, but this version has no fast path; pass fast=False"
         )
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise OptionError(f"seed={seed!r} is a {type(seed).__name__}, expected an int")
     backend = ops.choose_backend(kernels)
     adapter = adapter_of(model)
@@ -177,7 +196,7 @@ def patch(
             "first, or handle.set(keep=...) to change the budget"
         )
     policy = chosen.published_positions if positions == "published" else positions
-    session = Session(adapter, chosen, budget, policy, seed)
+    session = Session(adapter, chosen, budget, policy, operator.index(seed))
     return Handle(session, positions, backend)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from vtc.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of one call.
+    """The images of one call. Tensors are on the CPU: they are known before the encoder runs.
 
     Attributes:
         grids: `(t, h, w)` of each image.
@@ -37,19 +37,30 @@ class Images:
 
     @property
     def parent(self) -> Tensor:
-        """`int64[G, 2]` on the CPU: image and batch row of each group."""
-        return torch.stack([torch.arange(len(self.grids)), self.rows.cpu()], -1)
+        """`int64[G, 2]`: image and batch row of each group."""
+        return torch.stack([torch.arange(len(self.grids)), self.rows], -1)
+
+    def to(self, device: torch.device) -> Images:
+        """The same on a device."""
+        rows, columns, valid = (t.to(device) for t in (self.rows, self.columns, self.valid))
+        return replace(self, rows=rows, columns=columns, valid=valid)
 
 
-def find_images(adapter: Adapter, inputs: Mapping[str, Any], input_ids: Tensor) -> Images:
-    """The images among keyword inputs of the model.
+def find_images(adapter: Adapter, inputs: Mapping[str, Any], placeholders: Tensor) -> Images:
+    """The images among keyword inputs of the model, whose tokens stand at `bool[B, S]`.
 
     Raises:
         InputError: placeholders and pixels do not match.
     """
     grids = adapter.grids(inputs)
+    if not grids:
+        raise InputError(
+            "pixel_values hold no image, expected at least one: leave pixel_values out of a call "
+            "without images"
+        )
     lengths = [t * h * w for t, h, w in grids]
-    places = (input_ids == adapter.image_token_id).nonzero()  # [T, 2], row-major
+    # one copy to the CPU, before the encoder is under way
+    places = placeholders.cpu().nonzero()  # [T, 2], row-major
     if len(places) != sum(lengths):
         raise InputError(
             f"input_ids hold {len(places)} image placeholders, expected {sum(lengths)} for "
@@ -57,16 +68,15 @@ def find_images(adapter: Adapter, inputs: Mapping[str, Any], input_ids: Tensor) 
             f"let the processor expand it"
         )
     parts = places.split(lengths)
-    if any(len(part) and bool((part[:, 0] != part[0, 0]).any()) for part in parts):
+    if any((part[:, 0] != part[0, 0]).any() for part in parts):
         raise InputError(
             "an image's placeholders are spread over two rows, expected each image in one row: "
             "order the images as their placeholders stand in the batch"
         )
+    columns = pad_sequence([part[:, 1] for part in parts], batch_first=True)
     return Images(
         grids=tuple(grids),
         rows=torch.stack([part[0, 0] for part in parts]),
-        columns=pad_sequence([part[:, 1] for part in parts], batch_first=True),
-        valid=pad_sequence(
-            [torch.ones_like(part[:, 1], dtype=torch.bool) for part in parts], batch_first=True
-        ),
+        columns=columns,
+        valid=torch.arange(columns.shape[1]) < torch.tensor(lengths)[:, None],
     )

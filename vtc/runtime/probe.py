@@ -98,7 +98,7 @@ def _probed(attention: nn.Module, signals: EncoderSignals, block: int) -> Iterat
     before = module.config
     probed = copy.copy(before)
     probed._attn_implementation = _NAME
-    probed.vtc_probe = (signals, block, before._attn_implementation)
+    probed.vtc_probe = (signals, block, before)
     with _registered():
         module.config = probed
         try:
@@ -136,10 +136,15 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    config: Any = module.config
-    signals, block, implementation = config.vtc_probe
+    probed: Any = module.config
+    signals, block, config = probed.vtc_probe
     scale = kwargs.get("scaling")
     signals.see(block, query, key, query.shape[-1] ** -0.5 if scale is None else scale)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    stock = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-    return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    stock: Any = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
+    # some implementations look their own name up in the module's config (flash attention does)
+    module.config = config
+    try:
+        return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    finally:
+        module.config = probed

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vtc.runtime.session import Call, Session
 
@@ -27,10 +28,11 @@ class Report:
         kept_fractions: the same per image.
         encoder_ms: vision tower, projector and probes.
         selector_ms: scores, choice and compaction.
-        ttft_ms: from the call to the first token's logits.
+        ttft_ms: from the call to the first token's logits; of a direct forward, to its last hidden
+            states.
         tpot_ms: per later token.
-        new_tokens: columns that generate added.
-        kv_bytes: keys and values after the prompt, all layers.
+        new_tokens: columns that generate added; None for a direct forward.
+        kv_bytes: keys and values after the prompt, all layers; a static cache counts as allocated.
         peak_memory_bytes: the allocator's peak on CUDA since it was last reset; None on the CPU.
         kernels: which implementation of the tensor operations ran.
     """
@@ -84,10 +86,9 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
     fractions = tuple(k / n for k, n in zip(reached, visual, strict=True))
     clock = call.clock
     decode, later = clock.ms("first", "end"), (call.new_tokens or 0) - 1
-    cuda = call.images.rows.is_cuda
     return Report(
         method=session.method.name,
-        keep=session.budget.keep,
+        keep=call.keep,
         positions=positions,
         visual_tokens=visual,
         llm_tokens=reached,
@@ -100,6 +101,21 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
         tpot_ms=decode / later if decode is not None and later > 0 else None,
         new_tokens=call.new_tokens,
         kv_bytes=call.kv_bytes,
-        peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+        peak_memory_bytes=_peak_memory(clock.device),
         kernels=kernels,
     )
+
+
+def kv_bytes(cache: Any) -> int | None:
+    """Bytes of keys and values in a cache."""
+    parts = [
+        getattr(layer, name, None)
+        for layer in getattr(cache, "layers", [])
+        for name in ("keys", "values")
+    ]
+    found = [part.nbytes for part in parts if isinstance(part, Tensor)]
+    return sum(found) if found else None
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

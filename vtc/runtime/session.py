@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.adapters.base import Adapter
-from vtc.errors import InputError, UnsupportedModeError
+from vtc.errors import InputError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method
 from vtc.runtime.clock import Clock
 from vtc.runtime.compaction import Compaction, Policy, by_row, plan
@@ -23,11 +23,12 @@ from vtc.types import Budget, Selection, Tokens
 
 @dataclass
 class Call:
-    """What is remembered of the last call that had images."""
+    """What is remembered of a call that had images."""
 
     images: Images
     selection: Selection
     clock: Clock
+    keep: float | int | None
     new_tokens: int | None = None
     kv_bytes: int | None = None
 
@@ -57,6 +58,9 @@ class Session:
         budget: how much is kept.
         policy: what becomes of position ids, already resolved from `"published"`.
         seed: for methods that draw.
+
+    Attributes:
+        last: the last call, or None if it had no images.
     """
 
     def __init__(
@@ -70,19 +74,49 @@ class Session:
         self.signals = EncoderSignals(adapter.encoder(), method.needs)
         self.last: Call | None = None
 
-    def images(self, inputs: Mapping[str, Any], input_ids: Tensor) -> Images:
-        """The images among a call's inputs; refuses what would change the encoder's features."""
-        if inputs.get("vision_feature_layer") is not None:
-            raise UnsupportedModeError(
-                "vision_feature_layer was given in a call, expected it in model.config only: set "
-                "it there before vtc.patch"
-            )
-        return find_images(self.adapter, inputs, input_ids)
+    def clock(self, inputs: Mapping[str, Any]) -> Clock:
+        """A clock that has just started."""
+        device = self.adapter.model.device
+        if device.type == "meta":  # weights are fetched when they are used
+            given = inputs.get("input_ids", inputs.get("inputs_embeds"))
+            device = getattr(given, "device", torch.device("cpu"))
+        clock = Clock(device)
+        clock.mark("start")
+        return clock
 
-    def note(self, images: Images, selection: Selection, clock: Clock) -> Call:
-        """Remember a decision as the last call's."""
-        self.last = Call(images, selection, clock)
-        return self.last
+    def images(self, inputs: Mapping[str, Any]) -> Images:
+        """The images among a call's inputs; refuses what would change the encoder's features."""
+        for name in self.adapter.feature_options:
+            given, expected = inputs.get(name), getattr(self.adapter.model.config, name)
+            if given is not None and given != expected:
+                raise UnsupportedModeError(
+                    f"{name}={given!r} was given in a call, expected {expected!r} as in "
+                    "model.config: set it there before vtc.patch"
+                )
+        return find_images(self.adapter, inputs, self._placeholders(inputs))
+
+    def _placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Where visual tokens go: `bool[B, S]`; in embeddings they are found as stock does."""
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if isinstance(ids, Tensor) and ids.dim() == 2:
+            return ids == self.adapter.image_token_id
+        if ids is None and isinstance(embeds, Tensor) and embeds.dim() == 3:
+            token = torch.tensor(self.adapter.image_token_id, device=embeds.device)
+            return (embeds == self.embedded(token)).all(-1)
+        got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+        raise InputError(
+            f"pixel_values came with input_ids of {got}, expected a tensor [B, S] of ids"
+        )
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The text embeddings of ids."""
+        return self.adapter.model.get_input_embeddings()(ids)  # type: ignore[no-any-return]
+
+    def note(self, images: Images, selection: Selection | None, clock: Clock) -> None:
+        """Remember a decision as the last call's; None: everything was kept, nothing decided."""
+        if selection is None:
+            selection = Selection.everything(images.lengths, images.parent, images.grids)
+        self.last = Call(images, selection, clock, self.budget.keep)
 
     def keeps_all(self, images: Images) -> bool:
         """Whether the budget leaves every image whole, so that nothing has to run."""
@@ -90,7 +124,9 @@ class Session:
 
     def decide(self, images: Images, features: Tensor, inputs: Mapping[str, Any]) -> Selection:
         """Run the method on padded groups of tokens `[G, N, D]`."""
-        signals = self.signals.read(images.columns.shape[1])
+        # the encoder of a model spread over devices may be elsewhere
+        read = self.signals.read(features.shape[1])
+        signals = {key: signal.to(features.device) for key, signal in read.items()}
         if any(s.name == "image_key" for s in self.method.needs):
             pixels = self.adapter.pixels(inputs)
             signals["image_key"] = torch.tensor([_key(p) for p in pixels])
@@ -103,7 +139,19 @@ class Session:
             seed=self.seed,
         )
         with torch.no_grad():
-            return self.method.select(tokens, self.budget)
+            selection = self.method.select(tokens, self.budget)
+        if not isinstance(selection, Selection) or selection.lengths != images.lengths:
+            got = getattr(selection, "lengths", type(selection).__name__)
+            raise VtcError(
+                f"method {self.method.name!r} decided over {got}, expected a Selection over "
+                f"{images.lengths} tokens: return one for the groups given to select"
+            )
+        return selection
+
+    def decide_before(self, images: Images, inputs: Mapping[str, Any]) -> Selection:
+        """Run a method that acts on pixels: there are no tokens yet."""
+        nothing = self.adapter.pixels(inputs)[0].new_zeros(*images.columns.shape, 0)
+        return self.decide(images, nothing, inputs)
 
     def shorten(
         self,
@@ -118,26 +166,26 @@ class Session:
 
         `small` holds each image's tokens when they are not in `embeds` (the pixel site).
         """
-        compaction = plan(images, selection, attention_mask, self.policy)
-        batch, kept = len(embeds), selection.keep.shape[1]
+        # with a model spread over devices, ids may be elsewhere than what the encoder made of them
+        mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
+        compaction = plan(images, selection, mask, self.policy)
         appended = None
         if small is not None:
-            appended = by_row(small, images.rows.tolist(), batch)
+            appended = by_row(small, images.rows, len(embeds))
         elif selection.merge is not None:
             slots = selection.apply(gather_groups(images, embeds))  # [G, S, D]
-            parts = [
-                s[kept:][p[kept:] >= 0]
-                for s, p in zip(slots, selection.slot_positions, strict=True)
-            ]
-            appended = by_row(parts, images.rows.tolist(), batch)
+            kept = selection.keep.shape[1]
+            filled = selection.slot_positions[:, kept:].cpu() >= 0
+            parts = [s[where] for s, where in zip(slots[:, kept:], filled, strict=True)]
+            appended = by_row(parts, images.rows, len(embeds))
             embeds = _replace_kept(images, selection, embeds, slots)
-        mask = compaction.mask(attention_mask)
-        short_ids = compaction.positions(position_ids, mask, self.policy)
+        short_mask = compaction.mask(mask)
+        short_ids = compaction.positions(ids, short_mask, self.policy)
         return Short(
             inputs_embeds=compaction.gather(embeds, appended),
-            attention_mask=mask,
+            attention_mask=short_mask,
             position_ids=short_ids,
-            shift=position_ids[..., -1:] - short_ids[..., -1:],
+            shift=_last(ids, mask) - _last(short_ids, short_mask),
             compaction=compaction,
         )
 
@@ -174,19 +222,26 @@ class Session:
 
 def gather_groups(images: Images, embeds: Tensor) -> Tensor:
     """Visual tokens `[G, N, D]` out of rows `[B, S, D]`, zeros on padding."""
-    rows, columns = images.rows.to(embeds.device), images.columns.to(embeds.device)
-    return embeds[rows[:, None], columns] * images.valid.to(embeds.device)[..., None]
+    placed = images.to(embeds.device)
+    found = embeds[placed.rows[:, None], placed.columns]
+    return found.masked_fill(~placed.valid[..., None], 0)
 
 
 def _replace_kept(images: Images, selection: Selection, embeds: Tensor, slots: Tensor) -> Tensor:
     """Kept tokens into which others were merged, at their own columns."""
     if not selection.keep.shape[1]:
         return embeds
+    placed = images.to(embeds.device)
     valid = selection.valid.to(embeds.device)
     keep = selection.keep.to(embeds.device)
-    columns = images.columns.to(embeds.device).gather(1, keep)[valid]
-    rows = images.rows.to(embeds.device)[:, None].expand_as(keep)[valid]
+    columns = placed.columns.gather(1, keep)[valid]
+    rows = placed.rows[:, None].expand_as(keep)[valid]
     return embeds.index_put((rows, columns), slots[:, : keep.shape[1]][valid])
+
+
+def _last(position_ids: Tensor, mask: Tensor) -> Tensor:
+    """The highest position id attended to, `[(P,) B, 1]`."""
+    return position_ids.masked_fill(mask == 0, -1).amax(-1, keepdim=True)
 
 
 def _key(pixels: Tensor) -> int:
