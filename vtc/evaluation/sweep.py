@@ -133,7 +133,7 @@ def plan(config: SweepConfig) -> list[Compression]:
         for keep in _keeps(vtc.method(name, **options), config.keeps):
             for positions in config.positions if swept else config.positions[:1]:
                 for seed in config.seeds if name == RANDOM else config.seeds[:1]:
-                    cells.append(Compression(name, keep, positions, seed, options))
+                    cells.append(Compression(name, _written(keep), positions, seed, options))
     return cells
 
 
