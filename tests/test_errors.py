@@ -261,6 +261,14 @@ def no_images(inputs: dict[str, torch.Tensor]) -> None:
     inputs["pixel_values"] = inputs["pixel_values"][:0]
 
 
+def no_pixels(inputs: dict[str, torch.Tensor]) -> None:
+    del inputs["pixel_values"]
+
+
+def pixels_of_none(inputs: dict[str, Any]) -> None:
+    inputs["pixel_values"] = None
+
+
 def one_channel(inputs: dict[str, torch.Tensor]) -> None:
     inputs["pixel_values"] = inputs["pixel_values"][:, :1]
 
@@ -305,6 +313,8 @@ BAD_INPUTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
         r"pixel_values is (3, 24, 24), expected a tensor [images, 3",
     ),
     "no image in the pixels": (no_images, "pixel_values hold no image, expected at least one"),
+    "no pixels": (no_pixels, "72 image placeholders and no pixel_values came with them"),
+    "pixels that are None": (pixels_of_none, "expected both or neither"),
     "one channel": (one_channel, "pixel_values is (2, 1, 24, 24), expected"),
     "pixels with a batch dimension": (nested_pixels, "pixel_values is (1, 2, 3, 24, 24), expected"),
     "pixels not a tensor": (array_of_pixels, "pixel_values is ndarray, expected a tensor"),
@@ -420,6 +430,23 @@ def test_a_cache_of_a_compressed_prompt_is_refused(llava: Any, make_inputs: Any)
             errors.UnsupportedModeError, match="cache that holds a compressed prompt"
         ):
             llava.generate(input_ids=ids, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("call", ["generate", "forward"])
+def test_a_prompt_beyond_a_sliding_window_is_refused(
+    llava: Any, make_inputs: Any, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    inputs = make_inputs([[4, None, 5]])
+    monkeypatch.setattr(llava.model.language_model.config, "sliding_window", 44, raising=False)
+
+    def run() -> Any:
+        return llava(**inputs) if call == "forward" else llava.generate(**inputs, max_new_tokens=1)
+
+    with vtc.patch(llava, "vtc_cls", 1.0) as handle:
+        run()
+        handle.set(keep=0.5)
+        with pytest.raises(errors.UnsupportedModeError, match="a prompt of 45 tokens meets"):
+            run()
 
 
 def test_nan_scores(llava: Any, make_inputs: Any) -> None:

@@ -79,7 +79,7 @@ class _Pending:
 
 
 class ForwardSeam:
-    """Hooks on the base model and its language model.
+    """Hooks on the base model and its language model; one forward of a model at a time.
 
     Args:
         session: the patched model's state.
@@ -164,8 +164,9 @@ class ForwardSeam:
             given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs  # noqa: B905
         encoded = _holds_features(given.get("mm_encoder_outputs"))
         if not (encoded or self.session.adapter.has_images(given)):
-            if self._expected is None and filled(given.get("past_key_values")) == 0:
+            if self._expected is None and not filled(given.get("past_key_values")):
                 self.session.last = None
+                self.session.check_text(given)
             return None
         if filled(given.get("past_key_values")):
             raise UnsupportedModeError(
@@ -178,12 +179,7 @@ class ForwardSeam:
         if pending.whole:
             return None
         if self.session.method.site == "pixels":
-            pending.selection = selection = self.session.decide_before(images, inputs)
-            pending.whole = selection.is_identity
-            if pending.whole:
-                return None
-            pending.small = self.session.encode_small(images, selection, inputs)
-            return (), self._without_pixels(given)
+            return self._before_encoder(pending, given)
         if self._expected is None:
             self._recording.enter_context(self.session.signals.recording())
         return None
@@ -202,13 +198,22 @@ class ForwardSeam:
         clock = self.session.clock(given)
         return self.session.images(given), given, clock
 
-    def _without_pixels(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _before_encoder(
+        self, pending: _Pending, given: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Text embeddings only: the small images' tokens are put in before the language model."""
+        session, images, inputs = self.session, pending.images, pending.inputs
+        pending.selection = selection = session.decide_before(images, inputs)
+        pending.whole = selection.is_identity
+        if pending.whole:
+            return None
+        pending.small = session.encode_small(images, selection, inputs)
         embeds = given.get("inputs_embeds")
         if embeds is None:
-            embeds = self.session.embedded(given["input_ids"])
-        dropped = {*self.session.adapter.visual_inputs, "mm_encoder_outputs", "input_ids"}
-        return {k: v for k, v in given.items() if k not in dropped} | {"inputs_embeds": embeds}
+            embeds = session.embedded(given["input_ids"])
+        dropped = {*session.adapter.visual_inputs, "mm_encoder_outputs", "input_ids"}
+        kept = {name: value for name, value in given.items() if name not in dropped}
+        return (), {**kept, "inputs_embeds": embeds}
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
         pending = self._pending
@@ -299,11 +304,8 @@ def _holds_features(encoded: Any) -> bool:
 
 def _later_step(state: CacheState, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs of a step behind a compressed prompt: the mask is respliced, positions continue."""
-    embeds, mask, positions = (
-        kwargs["inputs_embeds"],
-        kwargs.get("attention_mask"),
-        kwargs.get("position_ids"),
-    )
+    embeds = kwargs["inputs_embeds"]
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     batch, new = embeds.shape[:2]
     if batch != len(state.mask):
         raise UnsupportedModeError(

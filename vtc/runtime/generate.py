@@ -50,6 +50,8 @@ class GenerateSeam:
             has_images = self.session.adapter.has_images(kwargs)
             _refuse(kwargs, config, has_images)
             if not has_images:
+                if not filled(kwargs.get("past_key_values")):
+                    self.session.check_text(kwargs)
                 with self.forward.suspended():
                     return self._run(kwargs)
             clock = self.session.clock(kwargs)

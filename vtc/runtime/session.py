@@ -108,6 +108,17 @@ class Session:
             f"pixel_values came with input_ids of {got}, expected a tensor [B, S] of ids"
         )
 
+    def check_text(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse placeholders in a fresh call without pixels: stock would read them as text."""
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or inputs.get("inputs_embeds") is not None:
+            return
+        if count := int((ids == self.adapter.image_token_id).sum()):
+            raise InputError(
+                f"input_ids hold {count} image placeholders and no pixel_values came with them, "
+                "expected both or neither: pass the processor's whole output"
+            )
+
     def embedded(self, ids: Tensor) -> Tensor:
         """The text embeddings of ids."""
         return self.adapter.model.get_input_embeddings()(ids)  # type: ignore[no-any-return]
@@ -166,6 +177,13 @@ class Session:
 
         `small` holds each image's tokens when they are not in `embeds` (the pixel site).
         """
+        window = getattr(self.adapter.language_model.config, "sliding_window", None)
+        if window is not None and embeds.shape[1] > window:
+            raise UnsupportedModeError(
+                f"a prompt of {embeds.shape[1]} tokens meets a language model whose attention "
+                f"slides over {window}, expected at most as many: its window counts the tokens "
+                "that are left, so that dropping some would move it"
+            )
         # with a model spread over devices, ids may be elsewhere than what the encoder made of them
         mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
         compaction = plan(images, selection, mask, self.policy)
