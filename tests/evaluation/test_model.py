@@ -8,8 +8,8 @@ from vtc.evaluation.model import Vtc
 
 pytestmark = pytest.mark.eval
 
-# enough of every kind of question, few enough to be quick
-N = 16
+# one of each kind of question, few enough to be quick
+N = 10
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_one_token_and_everything_are_two_budgets(samples_frame):
     frame = samples_frame(
         {("uniform", "keep", "1tok", 0): [0, 0], ("uniform", "keep", 1.0, 0): [1, 1]}
     )
-    assert [r["keep"] for r in table.tables(frame)[1]] == ["1 tokens", "1.0"]
+    assert [r["keep"] for r in table.tables(frame)[1]] == ["1tok", "1.0"]
 
 
 def test_curves_start_at_the_full_model_and_fall_in_what_is_kept(samples_frame):
