@@ -99,7 +99,7 @@ def _show(
 
 def _selection(sample: pd.Series, row: Row, loaded: Loaded, image: Image.Image) -> Selection:
     """What the method keeps of the picture, decided again: cells hold answers, not selections."""
-    keep = None if row["keep"] == "adaptive" else row["keep"].replace(" tokens", "tok")
+    keep = None if row["keep"] == "adaptive" else row["keep"]
     positions, seed = row["positions"], int(sample["seed"])
     compression = Compression(row["method"], keep, positions, seed, sample["options"])
     messages = [

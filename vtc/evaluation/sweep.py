@@ -148,7 +148,8 @@ def run(config: SweepConfig) -> SweepResult:
     """Run or resume a sweep and write its results.
 
     Raises:
-        OptionError: a setting that does not exist; before anything is done.
+        OptionError, SignalError: a setting that does not exist, or not on this model; before any
+            question is asked.
         SampleError: a question of a cell failed; finished cells stay, no report is written.
         VtcError: the folder cannot be written, the eval extra is missing, the model does not load.
     """
@@ -158,10 +159,18 @@ def run(config: SweepConfig) -> SweepResult:
     with within_quota():
         with quiet():
             loaded = load(config.model, config.device, dtype=config.dtype)
+        _check(cells, loaded)
         include = _include(config)
         tasks = _Tasks(config.tasks, include)
         samples = _run_cells(config, cells, loaded, tasks, include)
         return _report(config, samples, loaded, tasks)
+
+
+def _check(cells: Sequence[Compression], loaded: Loaded) -> None:
+    """Patch once for every cell: what this model refuses is said before the first one is run."""
+    for cell in cells:
+        with cell.patch(loaded.model):
+            pass
 
 
 class _Tasks:

@@ -40,8 +40,8 @@ def samples_frame(cells: Iterable[tuple[Compression, Sequence[Mapping[str, Any]]
 
 
 def _key(keep: float | int | str | None) -> str:
-    """`keep` as text: 1 token and 1.0 differ, and None is a group of its own."""
-    return "adaptive" if keep is None else f"{keep} tokens" if isinstance(keep, int) else str(keep)
+    """`keep` as on a command line: 1 token and 1.0 differ, and None is a group of its own."""
+    return "adaptive" if keep is None else f"{keep}tok" if isinstance(keep, int) else str(keep)
 
 
 def tables(frame: pd.DataFrame) -> tuple[list[Row], list[Row]]:
