@@ -15,7 +15,7 @@ import torch
 import vtc
 from vtc.evaluation.loading import Loaded
 
-_PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy")
+_PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy")
 # parts of the package that no answer, score or count comes from, with these files as exceptions;
 # the testbed's pictures and questions are seen as files
 _SHOWN_ONLY = ("cli.py", "viz.py", "commands", "evaluation", "testbed")
