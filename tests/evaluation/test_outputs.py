@@ -99,6 +99,20 @@ def test_differences_are_paired_by_question(csv, samples):
         assert (row["vs_random_low"], row["vs_random_high"]) == pytest.approx(tuple(ends))
 
 
+def test_policies_are_paired_by_question(csv, samples):
+    for _, row in csv.iterrows():
+        if row["positions"] == "keep":
+            assert pd.isna(row["vs_original_ids"])
+            continue
+        scores = own(samples, row)["score"].to_numpy(float)
+        same_cell = {name: row[name] for name in ("method", "keep", "seed")}
+        gaps = scores - of(samples, positions="keep", **same_cell)["score"].to_numpy(float)
+        assert row["vs_original_ids"] == pytest.approx(gaps.mean())
+        ends = percentiles(gaps)
+        found = row["vs_original_ids_low"], row["vs_original_ids_high"]
+        assert found == pytest.approx(tuple(ends))
+
+
 def test_scores_are_right_answers_and_nothing_else(samples):
     plain = samples["answer"].str.strip().str.lower() == samples["target"].str.lower()
     assert (samples["score"] == plain).all()

@@ -57,6 +57,21 @@ def test_differences_are_paired_with_the_full_model_and_with_random_of_the_same_
         assert (row["vs_random"], row["vs_random_low"], row["vs_random_high"]) == expected
 
 
+def test_another_position_policy_is_compared_with_original_ids(both):
+    rows, summary = both
+    for row in (*rows, *summary):
+        if row["positions"] == "keep":
+            assert row["vs_original_ids"] is None
+            continue
+        seeds = (0, 1) if row["seed"] is None else (row["seed"],)
+        own, other = (
+            np.mean([CELLS[row["method"], positions, 0.5, s] for s in seeds], axis=0)
+            for positions in (row["positions"], "keep")
+        )
+        ends = [row[f"vs_original_ids{end}"] for end in ("", "_low", "_high")]
+        assert tuple(ends) == difference_interval(own, other)
+
+
 def test_pairing_is_by_question_not_by_order(samples_frame):
     frame = samples_frame(CELLS)
     shuffled = frame.sample(frac=1, random_state=0)

@@ -16,6 +16,7 @@ COLUMNS = (
     "accuracy",
     "vs full",
     "vs random",
+    "vs original ids",
     "evidence",
     "TTFT ms",
 )
@@ -37,6 +38,7 @@ def cells(row: Row) -> list[str]:
         f"{100 * row['accuracy']:.1f} {interval(row, 'accuracy', signed=False)}",
         difference(row, "vs_full") if row["method"] != FULL else _NONE,
         difference(row, "vs_random"),
+        difference(row, "vs_original_ids"),
         evidence(row),
         number(row["ttft_ms"], 1),
     ]

@@ -95,6 +95,7 @@ def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
     row |= _difference("vs_full", own, _reference(frame, first, FULL))
     against = _reference(frame, first, RANDOM) if first["label"] != RANDOM else frame.iloc[:0]
     row |= _difference("vs_random", own, against)
+    row |= _difference("vs_original_ids", own, _with_original_ids(frame, first, seeds))
     return row
 
 
@@ -104,6 +105,16 @@ def _reference(frame: pd.DataFrame, of: pd.Series, method: str) -> pd.DataFrame:
     if method != FULL:
         found = found[(found["keep"] == of["keep"]) & (found["positions"] == of["positions"])]
     return found
+
+
+def _with_original_ids(frame: pd.DataFrame, of: pd.Series, seeds: Any) -> pd.DataFrame:
+    """The same method, budget and seeds with original position ids; nothing if these are they."""
+    if of["positions"] == "keep":
+        return frame.iloc[:0]
+    mask = (frame["positions"] == "keep") & frame["seed"].isin(seeds)
+    for name in ("task", "label", "keep"):
+        mask &= frame[name] == of[name]
+    return frame[mask]
 
 
 def _difference(name: str, own: pd.Series, other: pd.DataFrame) -> Row:
