@@ -403,6 +403,30 @@ def test_images_behind_a_cache_are_refused(llava: Any, make_inputs: Any, call: s
             llava(**inputs | {"input_ids": inputs["input_ids"][:, 3:]}, past_key_values=cache)
 
 
+def test_a_decoding_loop_that_ignores_the_short_prompt(llava: Any, make_inputs: Any) -> None:
+    inputs = make_inputs([[4, None, 5]])
+
+    def own_ids(model: Any, input_ids: torch.Tensor, **_: Any) -> Any:
+        return model(input_ids=input_ids).logits.argmax(-1)
+
+    def no_model(model: Any, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        return input_ids
+
+    def prepared(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        known = {k: kwargs[k] for k in ("inputs_embeds", "attention_mask", "position_ids")}
+        given = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **known)
+        token = model(**given).logits[:, -1].argmax(-1, keepdim=True)
+        return torch.cat([input_ids, token], -1)
+
+    with vtc.patch(llava, "vtc_cls", 0.5):
+        for loop in (own_ids, no_model):
+            with pytest.raises(errors.NeverCompressedError, match="expected its first forward"):
+                llava.generate(**inputs, custom_generate=loop, max_new_tokens=1)
+        want = llava.generate(**inputs, max_new_tokens=1, do_sample=False)
+        got = llava.generate(**inputs, custom_generate=prepared, max_new_tokens=1)
+        assert torch.equal(got, want)
+
+
 def test_generate_that_passes_the_patch_by_is_no_silent_stock(llava: Any, make_inputs: Any) -> None:
     """Called unbound, or kept from before the patch: compressed in the forward seam, or refused."""
     from transformers import GenerationMixin

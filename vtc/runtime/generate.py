@@ -103,10 +103,17 @@ class GenerateSeam:
         return out
 
     def _run(self, kwargs: dict[str, Any], short: Short | None = None, forget: bool = True) -> Any:
-        """The stock generate; notes the moment of the first logits and the size of the cache."""
+        """The stock generate; notes the moment of the first logits and the size of the cache.
 
-        def after_prefill(module: Any, args: Any, output: Any) -> None:
+        Raises:
+            NeverCompressedError: short embeddings were made and not used.
+        """
+        used = short is None
+
+        def after_prefill(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
+            nonlocal used
             hook.remove()
+            used |= given.get("inputs_embeds") is not None
             cache = getattr(output, "past_key_values", None)
             if short is not None or forget:
                 remember(cache, short)
@@ -114,15 +121,22 @@ class GenerateSeam:
                 self.session.last.clock.mark("first")
                 self.session.last.kv_bytes = kv_bytes(cache)
 
-        hook = self.session.adapter.model.register_forward_hook(after_prefill)
+        hook = self.session.adapter.model.register_forward_hook(after_prefill, with_kwargs=True)
         try:
             out = self.stock(**kwargs)
         finally:
             hook.remove()
+        if not used:
+            raise NeverCompressedError(
+                "generate() did not run the model on the compressed prompt, expected its first "
+                "forward to take inputs_embeds: use a stock decoding mode, or a custom_generate "
+                "that calls prepare_inputs_for_generation"
+            )
         if (call := self.session.last) is not None:
             call.clock.mark("end")
-            sequences = out if isinstance(out, Tensor) else out.sequences
-            call.new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]
+            sequences = getattr(out, "sequences", out)
+            if isinstance(sequences, Tensor):
+                call.new_tokens = sequences.shape[1] - kwargs["input_ids"].shape[1]
         return out
 
 

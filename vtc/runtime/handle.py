@@ -39,6 +39,8 @@ def _handle_of(model: object) -> Handle | None:
 class Handle:
     """A patched model. A context manager: leaving it removes the patch, also after an exception.
 
+    While it is patched, the model can be saved but neither copied nor pickled.
+
     Attributes:
         method: the method in force.
         plans: decisions over layers of the last call, for methods that skip work instead of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Images:
     rows: Tensor
     columns: Tensor
     valid: Tensor
+    _moved: dict[torch.device, Images] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -41,9 +42,11 @@ class Images:
         return torch.stack([torch.arange(len(self.grids)), self.rows], -1)
 
     def to(self, device: torch.device) -> Images:
-        """The same on a device."""
-        rows, columns, valid = (t.to(device) for t in (self.rows, self.columns, self.valid))
-        return replace(self, rows=rows, columns=columns, valid=valid)
+        """The same on a device, copied there once."""
+        if device not in self._moved:
+            rows, columns, valid = (t.to(device) for t in (self.rows, self.columns, self.valid))
+            self._moved[device] = replace(self, rows=rows, columns=columns, valid=valid)
+        return self._moved[device]
 
 
 def find_images(adapter: Adapter, inputs: Mapping[str, Any], placeholders: Tensor) -> Images:

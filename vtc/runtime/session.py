@@ -143,7 +143,7 @@ class Session:
             signals["image_key"] = torch.tensor([_key(p) for p in pixels])
         tokens = Tokens(
             features=features,
-            valid=images.valid.to(features.device),
+            valid=images.to(features.device).valid,
             grid=images.grids,
             parent=images.parent,
             signals=signals,
