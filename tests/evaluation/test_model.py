@@ -1,6 +1,7 @@
 """The lmms-eval model `vtc` on the trained model: the same answers by every way that must agree."""
 
 import pytest
+import torch
 
 import vtc
 from vtc.errors import OptionError, UnsupportedModeError
@@ -148,6 +149,14 @@ def test_seeds_of_random_differ_and_repeat(answer):
     recall = [[s.get("evidence_recall") for s in samples] for samples in (one, again, other)]
     assert recall[0] == recall[1] != recall[2]
     assert answers(one) == answers(again)
+
+
+def test_the_warm_up_draws_nothing_from_the_generator(loaded, monkeypatch):
+    # sampled answers would depend on it
+    model, before = Vtc(loaded, method="none"), torch.get_rng_state()
+    monkeypatch.setattr(model, "_answer", lambda batch, handle: torch.rand(3))
+    model._warm_up([], None)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_model_is_left_as_it_was(answer, loaded):
