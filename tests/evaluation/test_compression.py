@@ -20,7 +20,7 @@ from vtc.evaluation.compression import Compression, parse_method
         ({"method": "vtc_cls", "keep": 0.1, "positions": "up"}, "positions='up' is unknown"),
         ({"method": "random", "keep": 0.1, "seed": 1.5}, "seed=1.5 is a float"),
         ({"method": "random", "keep": 0.1, "seed": True}, "seed=True is a bool"),
-        ({"method": "vtc_cls", "keep": 0.1, "options": {"strat": 8}}, "has no option 'strat'"),
+        ({"method": "vtc_cls", "keep": 0.1, "options": {"stop": 8}}, "has no option 'stop'"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -58,7 +58,7 @@ def test_a_label_reads_back_as_the_method(text, options):
     [
         ("vtc_cls:start", "expected option=value"),
         ("vtc_cls:start=x", "expected int"),
-        ("vtc_cls:strat=8", "has no option 'strat'"),
+        ("vtc_cls:stop=8", "has no option 'stop'"),
         ("nope", "is unknown"),
     ],
 )

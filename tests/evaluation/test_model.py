@@ -1,10 +1,14 @@
 """The lmms-eval model `vtc` on the trained model: the same answers by every way that must agree."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import vtc
-from vtc.errors import OptionError, UnsupportedModeError
+import vtc.evaluation.model as model_module
+from vtc.errors import OptionError, SampleError, UnsupportedModeError
+from vtc.evaluation.measure import SampleCounts
 from vtc.evaluation.model import Vtc
 
 pytestmark = pytest.mark.eval
@@ -170,7 +174,7 @@ def test_the_model_is_left_as_it_was(answer, loaded):
     [
         ("method=nope,keep=0.1", "'nope' is unknown"),
         ("keep=1", "write 1.0 or 1tok"),
-        ("keep=0.1,strat=8", "has no option 'strat'; it has scorer, selector, start"),
+        ("keep=0.1,stop=8", "has no option 'stop'; it has scorer, selector, start"),
         ("keep=0.1,start=high", "expected int"),
         ("keep=0.1,positions=sideways", "positions='sideways' is unknown"),
         ("keep=0.1,batch_size=auto", "batch_size='auto': expected a whole number of at least 1"),
@@ -202,3 +206,37 @@ def test_tasks_it_cannot_answer_are_refused(loaded):
         model.loglikelihood([])
     with pytest.raises(UnsupportedModeError, match="several rounds"):
         model.generate_until_multi_round([])
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """This process is one of two; what the other one says is to be put into the list."""
+    other = []
+    dist = "vtc.evaluation.model.dist"
+    monkeypatch.setattr(f"{dist}.is_initialized", lambda: True)
+    monkeypatch.setattr(f"{dist}.get_world_size", lambda: 2)
+
+    def gather(found, value):
+        found[:] = [value, other.pop(0)]
+
+    monkeypatch.setattr(f"{dist}.all_gather_object", gather)
+    return other
+
+
+def test_a_sample_that_failed_in_another_process_is_refused_here(two_processes):
+    two_processes += [(3, 8, "question 5 of t: RuntimeError: no memory left")]
+    with pytest.raises(SampleError) as caught:
+        model_module._refuse(0, 8, None)
+    assert "3 of 16 samples failed" in str(caught.value)
+    assert "question 5 of t: RuntimeError: no memory left" in str(caught.value)
+
+
+def test_means_are_over_all_processes(two_processes, monkeypatch):
+    logged = {}
+    monkeypatch.setattr(model_module, "log_metrics", lambda **given: logged.update(given))
+    two_processes += [([("t", 2, {"kept_fraction": 0.25})] * 3, 8.0)]
+    count = SampleCounts(output_tokens=2, numbers={"kept_fraction": 0.75})
+    request = SimpleNamespace(args=(None, None, None, 0, "t", "test"))
+    model_module._log([request], [SimpleNamespace(token_counts=count)], 4.0)
+    assert logged["additional_metrics"] == {"kept_fraction": 0.375, "n_samples": 4, "n_failed": 0}
+    assert (logged["total_gen_tokens"], logged["avg_speed"]) == (8, 1.0)

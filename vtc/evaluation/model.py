@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
@@ -114,7 +115,7 @@ class Vtc(lmms):  # type: ignore[misc]
         """Answer every request.
 
         Raises:
-            SampleError: after all of them, if any failed; nothing is reported then.
+            SampleError: after all of them, if any failed in any process; nothing is reported then.
         """
         results: list[GenerationResult | None] = [None] * len(requests)
         failed, first, start = 0, None, time.perf_counter()
@@ -133,12 +134,7 @@ class Vtc(lmms):  # type: ignore[misc]
                         results[i] = answer
                 bar.update(len(batch))
         bar.close()
-        if first is not None:
-            args, cause = first
-            raise SampleError(
-                f"{failed} of {len(requests)} samples failed, so no accuracy is reported; the "
-                f"first was {_where(args)}: {type(cause).__name__}: {cause}"
-            ) from cause
+        _refuse(failed, len(requests), first)
         done = [result for result in results if result is not None]
         _log(requests, done, time.perf_counter() - start)
         return done
@@ -238,22 +234,50 @@ class Vtc(lmms):  # type: ignore[misc]
         return counts
 
 
+def _refuse(failed: int, asked: int, first: tuple[tuple[Any, ...], Exception] | None) -> None:
+    """Raise in every process if a sample failed in any: one alone would leave others waiting."""
+    said = f"{_where(first[0])}: {type(first[1]).__name__}: {first[1]}" if first else None
+    found = _from_all((failed, asked, said))
+    causes = [said for _, _, said in found if said]
+    if causes:
+        raise SampleError(
+            f"{sum(failed for failed, _, _ in found)} of {sum(asked for _, asked, _ in found)} "
+            f"samples failed, so no accuracy is reported; the first was {causes[0]}"
+        ) from (first[1] if first else None)
+
+
 def _log(requests: Sequence[Instance], results: Sequence[GenerationResult], seconds: float) -> None:
-    """Means over all samples and over each task's, once: lmms-eval would average repeated logs."""
-    numbers: dict[str, list[Numbers]] = {}
-    for request, result in zip(requests, results, strict=True):
-        numbers.setdefault(request.args[4], []).append(result.token_counts.numbers)
-    found = means(itertools.chain(*numbers.values()))
-    if len(numbers) > 1:
-        for task, own in numbers.items():
-            found |= {f"{name}/{task}": value for name, value in means(own).items()}
-    tokens = sum(result.token_counts.output_tokens for result in results)
+    """Means over the samples of all processes and over each task's.
+
+    Once, because lmms-eval averages repeated logs, and in each process, because it reads the first.
+    """
+    own = [
+        (request.args[4], result.token_counts.output_tokens, result.token_counts.numbers)
+        for request, result in zip(requests, results, strict=True)
+    ]
+    everything = _from_all((own, seconds))
+    samples = [sample for part, _ in everything for sample in part]
+    found = means(numbers for _, _, numbers in samples)
+    tasks = dict.fromkeys(task for task, _, _ in samples)
+    for task in tasks if len(tasks) > 1 else ():
+        of_task = means(numbers for name, _, numbers in samples if name == task)
+        found |= {f"{name}/{task}": value for name, value in of_task.items()}
+    tokens, seconds = sum(n for _, n, _ in samples), max(spent for _, spent in everything)
     log_metrics(
         total_elapsed_time=seconds,
         total_gen_tokens=tokens,
         avg_speed=tokens / seconds if seconds else 0.0,
-        additional_metrics={**found, "n_samples": len(results), "n_failed": 0},
+        additional_metrics={**found, "n_samples": len(samples), "n_failed": 0},
     )
+
+
+def _from_all(value: Any) -> list[Any]:
+    """`value` of every process, in the order of their ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def _where(args: tuple[Any, ...]) -> str:
