@@ -42,22 +42,12 @@ def load(
         OptionError: no such folder or dtype.
         InputError: the folder or hub id holds no usable model or processor.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    if pretrained.startswith((".", "/", "~")) and not Path(pretrained).expanduser().is_dir():
-        raise OptionError(f"pretrained={pretrained!r} is not a folder; pass one, or a hub id")
+    source = _source(pretrained)
     device = device or _default_device()
     on_cpu = (device_map or device) == "cpu"
     chosen = _dtype("float32" if dtype == "auto" and on_cpu else dtype)
-    source = (
-        str(Path(pretrained).expanduser()) if Path(pretrained).expanduser().is_dir() else pretrained
-    )
-    hub = {key: extra[key] for key in ("revision", "trust_remote_code") if key in extra}
     try:
-        processor = AutoProcessor.from_pretrained(source, **hub)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=chosen, device_map=device_map, **extra
-        )
+        model, processor = _from_pretrained(source, dtype=chosen, device_map=device_map, **extra)
     except Exception as error:
         # damaged weights, a missing package, an unknown architecture: each has its own class
         first = str(error).strip().partition("\n")[0]
@@ -72,6 +62,23 @@ def load(
     processor.tokenizer.padding_side = "left"
     model = model if device_map else model.to(device)
     return Loaded(model.eval(), processor, pretrained)
+
+
+def _source(pretrained: str) -> str:
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if pretrained.startswith((".", "/", "~")):
+        raise OptionError(f"pretrained={pretrained!r} is not a folder; pass one, or a hub id")
+    return pretrained
+
+
+def _from_pretrained(source: str, **arguments: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    hub = {key: arguments[key] for key in ("revision", "trust_remote_code") if key in arguments}
+    processor = AutoProcessor.from_pretrained(source, **hub)
+    return AutoModelForImageTextToText.from_pretrained(source, **arguments), processor
 
 
 def _default_device() -> str:
