@@ -66,7 +66,7 @@ def test_kinds_take_turns() -> None:
     assert {e.kind for e in examples(9, kinds=["caption", "count"])} == {"caption", "count"}
 
 
-@pytest.mark.parametrize("bad", [{"kinds": ["colour"]}, {"count": -1}, {"split": "dev"}])
+@pytest.mark.parametrize("bad", [{"kinds": ["hue"]}, {"count": -1}, {"split": "dev"}])
 def test_wrong_use(bad: dict) -> None:
     with pytest.raises(OptionError, match="expected"):
         examples(**{"count": 3, **bad})
