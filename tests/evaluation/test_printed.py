@@ -53,6 +53,14 @@ def test_covered_evidence_stands_beside_recall_only(summary):
     assert printed.evidence(row | {"evidence_recall": None}) == "n/a"
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.1234, "+12.3"), (-0.5, "-50.0"), (0.0, "+0.0"), (-0.0001, "+0.0"), (-0.001, "-0.1")],
+)
+def test_points_that_round_to_zero_are_not_negative(value, text):
+    assert printed.points(value) == text
+
+
 def test_one_question_has_no_interval(samples_frame):
     cells = {("none", "keep", None, 0): [1], ("uniform", "keep", 0.5, 0): [0]}
     row = table.tables(samples_frame(cells))[1][1]

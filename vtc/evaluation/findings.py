@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from vtc.evaluation.printed import percent
+from vtc.evaluation.printed import percent, points
 from vtc.evaluation.statistics import Interval, difference_interval
 from vtc.evaluation.table import FULL, Row, curves, pick, scores
 
@@ -72,5 +72,4 @@ def _of(summary: Sequence[Row], row: Row) -> str:
 
 def _gap(gap: Interval) -> str:
     verdict = "" if gap.excludes_zero else ", within its interval"
-    low, high = 100 * gap.low, 100 * gap.high
-    return f"{100 * gap.value:+.1f} points [{low:+.1f}, {high:+.1f}]{verdict}"
+    return f"{points(gap.value)} points [{points(gap.low)}, {points(gap.high)}]{verdict}"

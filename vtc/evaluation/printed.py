@@ -59,18 +59,22 @@ def number(value: float | None, digits: int) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
+def points(value: float, signed: bool = True) -> str:
+    """A share or a difference of shares in points; what rounds to zero is not negative."""
+    return f"{round(100 * value, 1) + 0.0:{'+' if signed else ''}.1f}"
+
+
 def interval(row: Mapping[str, Any], name: str, signed: bool = True) -> str:
     """The interval of `name`, in points; one question has none."""
-    sign = "+" if signed else ""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
-    return "[n/a]" if low is None else f"[{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    return "[n/a]" if low is None else f"[{points(low, signed)}, {points(high, signed)}]"
 
 
 def difference(row: Mapping[str, Any], name: str) -> str:
     """A paired difference and its interval, in points."""
     if row[name] is None:
         return _NONE
-    return f"{100 * row[name]:+.1f} {interval(row, name)}"
+    return f"{points(row[name])} {interval(row, name)}"
 
 
 def evidence(row: Row) -> str:
