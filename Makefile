@@ -2,6 +2,9 @@
 export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# threads that wait must not spin: with anything else running, two of them on two cores take
+# seven times as long as one
+export OMP_WAIT_POLICY := passive
 
 PYTHON ?= python3
 VENV   := .venv
