@@ -25,6 +25,18 @@ def test_the_same_call_gives_the_same_questions_and_a_longer_one_starts_with_the
         assert a.image.tobytes() == b.image.tobytes()
 
 
+def test_pictures_do_not_depend_on_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append([example.image.tobytes() for example in examples(80)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 def test_seeds_and_splits_give_other_scenes() -> None:
     found = [examples(64, split, seed) for split in pictures.SPLITS for seed in (0, 1)]
     drawn = [example.image.tobytes() for part in found for example in part]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,8 +80,21 @@ def examples(
 def _stream(kind: str, split: str, seed: int) -> Iterator[Example]:
     block = 0
     while True:
-        yield from _block(kind, split, seed, block)
+        with _one_thread():
+            found = _block(kind, split, seed, block)
+        yield from found
         block += 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Where threads divide a tensor, vectors end, and a pixel may come out another by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _block(kind: str, split: str, seed: int, block: int) -> list[Example]:

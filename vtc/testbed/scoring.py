@@ -34,6 +34,11 @@ def blank(doc: Mapping[str, Any]) -> list[Image.Image]:
     return [Image.new("RGB", (SIZE, SIZE), GRAY)]
 
 
+def without_evidence(questions: Any) -> Any:
+    """The same questions, with nothing to look for in the picture."""
+    return questions.remove_columns("evidence")
+
+
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".")
 
