@@ -12,7 +12,8 @@ from PIL import Image
 
 import vtc
 from vtc.cli import main
-from vtc.errors import OptionError
+from vtc.commands.files import read_picture
+from vtc.errors import InputError, OptionError
 from vtc.keep import parse_keep
 from vtc.testbed.model import build_model, build_processor
 
@@ -149,6 +150,16 @@ def test_a_read_only_folder_fails_before_any_work(command, folder, read_only, ca
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("vtc: error: ") and "expected a" in line
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("tolerant", [True, False])
+def test_a_damaged_image_is_refused_whatever_others_told_pillow(folder, monkeypatch, tolerant):
+    from PIL import ImageFile
+
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
+    with pytest.raises(InputError, match="is damaged"):
+        read_picture(Path("damaged.png"))
+    assert tolerant == ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_demo_answers_and_draws(folder, capfd):

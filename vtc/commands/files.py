@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vtc.errors import InputError, OptionError, VtcError
 
@@ -73,7 +73,7 @@ def read_picture(path: Path) -> Image.Image:
         kind = "a folder" if path.is_dir() else "not there"
         raise InputError(f"image {str(path)!r} is {kind}, expected a picture file: check the path")
     try:
-        with Image.open(path) as image:
+        with _whole_files_only(), Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise InputError(
@@ -85,6 +85,17 @@ def read_picture(path: Path) -> Image.Image:
             f"image {str(path)!r} is damaged ({error}), expected a whole picture: get the file "
             f"again"
         ) from None
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """Other packages make Pillow fill what is missing of a file with gray, for the whole process."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
