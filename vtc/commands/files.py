@@ -89,7 +89,7 @@ def read_picture(path: Path) -> Image.Image:
 
 @contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """Other packages make Pillow fill what is missing of a file with gray, for the whole process."""
+    """Other packages make Pillow fill with gray what a file lacks, for the whole process."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
