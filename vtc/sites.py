@@ -1,0 +1,129 @@
+"""What a method may look at inside the encoder and inside the LLM: queries, keys, values, places.
+
+Letters: R rows of the encoder (a crop, a tile, a frame; in encoders that pack, an image or a
+video), U units of a row (padded), m patches per unit, H heads, d head dimension, G groups (images,
+then videos), N tokens of a group (padded), B batch rows, S entries of the sequence, T keys.
+
+A unit is what becomes one LLM token: its m patches live or die together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know about a model when it is patched. No names of families.
+
+    Attributes:
+        encoder_depth: blocks of the vision encoder.
+        tap: the block whose output the LLM reads, 0-based.
+        has_cls: whether token 0 of the encoder is a [CLS].
+        patches_per_token: m, patches that become one LLM token.
+        tiled: whether an image may be encoded as several crops or tiles.
+        llm_depth: decoder layers.
+    """
+
+    encoder_depth: int
+    tap: int
+    has_cls: bool
+    patches_per_token: int
+    tiled: bool
+    llm_depth: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockView:
+    """What is left of every row of the encoder, as one block's attention saw it.
+
+    Attributes:
+        block: the block, 0-based. A cut decided here is in force from the next block on.
+        tap: the block whose output the LLM reads; the last useful decision is that of `tap - 1`.
+        valid: `bool[R, U]`, False on padding.
+        index: `int64[R, U]`, which unit of the row (in LLM token order), ascending; 0 on padding.
+        units: `int64[R]` on the CPU, how many the row had at the start.
+        image: `int64[R]` on the CPU, the image (or video) that the row belongs to.
+        tokens: N of each image: its tokens in the stock LLM, over all its rows.
+        rows: how many rows each image has.
+        has_cls: whether entry 0 of query, key and value is the [CLS].
+        query: `[R, H, c + U·m, d]` with rotary positions applied, c = 1 with a [CLS], else 0; the
+            patches of a unit stand together. Padding holds zeros.
+        key: likewise.
+        value: likewise.
+        scale: what q·k is multiplied by.
+        carry: what the method handed on from the block before, each `[R, U]`, cut alike.
+        video: whether each image is a video.
+    """
+
+    block: int
+    tap: int
+    valid: Tensor
+    index: Tensor
+    units: Tensor
+    image: Tensor
+    tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    has_cls: bool
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    carry: Mapping[str, Tensor]
+    video: tuple[bool, ...] = ()
+
+    @property
+    def patches(self) -> int:
+        """m, patches per unit."""
+        return (self.key.shape[2] - int(self.has_cls)) // max(self.valid.shape[1], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What a method says after a block.
+
+    Attributes:
+        keep: `bool[R, U]`, the units that go on, or None: no cut here. At least one of each row
+            that has any.
+        carry: numbers `[R, U]` to be handed to the next block, by name.
+    """
+
+    keep: Tensor | None
+    carry: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerView:
+    """The sequence as one decoder layer's attention saw it, in the prefill of a call with images.
+
+    Attributes:
+        layer: the layer, 0-based. What is dropped here is gone from the next layer on.
+        valid: `bool[G, N]`, False on padding: the tokens that are still there.
+        index: `int64[G, N]`, which original LLM token of its image each is; 0 on padding.
+        columns: `int64[G, N]`, where each stands among the S entries; 0 on padding.
+        parent: `int64[G, 2]`: image and batch row of each group, on the device of `columns`.
+        tokens: N of each image in the stock LLM.
+        mask: `bool[B, S]`, False on the padding of the sequence.
+        visual: `bool[B, S]`, True on visual tokens (newline tokens are text).
+        query: `[B, H, S, d]`, rotary positions applied.
+        key: `[B, H, T, d]`, rotary positions applied, T ≥ S: the last S are those of the entries,
+            what is before them was in the cache; grouped heads are repeated.
+        value: `[B, H, T, d]`.
+        scale: what q·k is multiplied by.
+    """
+
+    layer: int
+    valid: Tensor
+    index: Tensor
+    columns: Tensor
+    parent: Tensor
+    tokens: tuple[int, ...]
+    mask: Tensor
+    visual: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
