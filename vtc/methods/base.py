@@ -7,13 +7,15 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
+from torch import Tensor
 
 from vtc.errors import OptionError
 from vtc.scorers import SCORERS, Scorer
 from vtc.selectors import SELECTORS, Count, Selector
+from vtc.sites import BlockView, Cut, Facts, LayerView
 from vtc.types import Budget, Selection, Signal, Tokens
 
-Site = Literal["pixels", "llm_input"]
+Site = Literal["pixels", "encoder", "llm_input", "llm_layer"]
 Exactness = Literal["mask", "layer_mask", "restatement"]
 Positions = Literal["keep", "renumber", "median", "published"]
 
@@ -29,10 +31,13 @@ class Method:
     Attributes:
         name: what users write in `vtc.patch(model, method=name)`; by default the class's name.
         summary: one line for `vtc.methods()`.
-        site: where the choice acts: `"pixels"` (before the encoder) or `"llm_input"` (before the
-            LLM).
+        site: where the first choice acts: `"pixels"` (before the encoder), `"encoder"` (between its
+            blocks), `"llm_input"` (before the LLM) or `"llm_layer"` (between its layers). A method
+            may cut between decoder layers besides, see `llm_layers`.
         count: whether `keep` is met exactly, is an upper bound, or is the method's own affair.
-        exactness: what the patched model equals, see the contract: `"mask"` or `"restatement"`.
+        exactness: what the patched model equals, see the contract: `"mask"`, `"layer_mask"` or
+            `"restatement"`.
+        bibtex: how to cite it.
         published_positions: what `positions="published"` means for it.
     """
 
@@ -42,6 +47,7 @@ class Method:
     count: ClassVar[Count] = "exact"
     exactness: ClassVar[Exactness] = "mask"
     published_positions: ClassVar[Literal["keep", "renumber", "median"]] = "renumber"
+    bibtex: ClassVar[str] = ""
 
     scorer: Scorer | str | None = None
     selector: Selector | str | None = None
@@ -149,8 +155,36 @@ class Method:
             )
         return Budget.of(keep)
 
+    def check_facts(self, facts: Facts) -> None:
+        """Raise `SignalError` where the method cannot work on such a model."""
+        return None
+
+    def encoder_blocks(self, facts: Facts) -> tuple[int, ...]:
+        """The encoder blocks whose attention `encoder_cut` sees; none by default."""
+        return ()
+
+    def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
+        """Decide which units go on after one of `encoder_blocks`."""
+        raise NotImplementedError(f"{type(self).__name__} must define encoder_cut")
+
+    def llm_layers(self, facts: Facts) -> tuple[int, ...]:
+        """The decoder layers whose attention `layer_cut` sees; none by default."""
+        return ()
+
+    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+        """Decide which visual tokens `bool[G, N]` go on after one of `llm_layers`."""
+        raise NotImplementedError(f"{type(self).__name__} must define layer_cut")
+
+    @property
+    def drops_earlier_kv(self) -> bool:
+        """Whether decoder layers before a cut stop reading what was cut, once the prefill is over.
+
+        By default they go on reading it.
+        """
+        return False
+
     def select(self, tokens: Tokens, budget: Budget) -> Selection:
-        """Decide which tokens of each group reach the LLM."""
+        """Decide which tokens of each group reach the LLM (not called at the encoder site)."""
         selector, scorer = self.active_selector, self.active_scorer
         scores = scorer(tokens) if scorer and selector.uses_scores else None
         return selector(tokens, scores, budget.counts(tokens.valid, tokens.parent))
