@@ -43,6 +43,9 @@ class Signal:
         depth: the depth `blocks` were published for; None: they are meant as they are.
         ends_at_tap: the window runs to the feature tap (the last block whose output the LLM reads).
         label: key under which a method finds it in `Tokens.signals`; by default the name.
+        stand_in: name of the signal computed instead where the encoder has no [CLS], under the same
+            key: `"mean_query_row"` and `"received_row"` (as in `vtc.ops`), `"random_row"` (by seed
+            and picture) or `"zeros"`; None: the method is refused there.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Signal:
     depth: int | None = None
     ends_at_tap: bool = False
     label: str | None = None
+    stand_in: str | None = None
 
     def __init__(
         self,
@@ -58,8 +62,9 @@ class Signal:
         depth: int | None = None,
         ends_at_tap: bool = False,
         label: str | None = None,
+        stand_in: str | None = None,
     ) -> None:
-        values = (name, tuple(blocks), depth, ends_at_tap, label)
+        values = (name, tuple(blocks), depth, ends_at_tap, label, stand_in)
         for attribute, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, attribute, value)
 
@@ -110,6 +115,8 @@ class Tokens:
         text_valid: `bool[B, M]`, or None.
         signals: what the method asked for, by `Signal.key`; `cls_row` is `[G, L, N]`, float32.
         seed: the seed given to `vtc.patch`, for methods that draw.
+        overview: the tokens (first, end) of each group that show the whole picture, such as the
+            thumbnail beside its crops; all of them where there is no such part. None: as that.
     """
 
     features: Tensor
@@ -120,6 +127,7 @@ class Tokens:
     text_valid: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
+    overview: tuple[tuple[int, int], ...] | None = None
 
     def signal(self, key: str) -> Tensor:
         """The signal called `key`; raises `SignalError` saying which exist."""
