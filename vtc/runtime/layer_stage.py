@@ -1,0 +1,235 @@
+"""What is left of a sequence between decoder layers: which entries, where the visual tokens are.
+
+Letters: Q entries that the prefill began with (S of the prompt, then candidates of assisted
+decoding), L entries left of them, B rows of the prompt; a run of k·B rows repeats each k times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vtc import ops
+
+_Data = TypeVar("_Data", "Placed", "Stage")
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """The sequence that the language model is about to see, before any cut between its layers.
+
+    Attributes:
+        columns: `int64[G, N]`, where each visual token that reached the language model stands among
+            the S entries; 0 on padding.
+        valid: `bool[G, N]`, False on padding.
+        index: `int64[G, N]`, the original token of its image that each is.
+        parent: `int64[G, 2]`, image and batch row.
+        tokens: N of each image in the stock model.
+        visual: `bool[B, S]`, True on visual tokens.
+        newlines: `int64[M, 5]`, for each newline token its batch row and column, its group, and the
+            range `first ≤ index < end` of original tokens whose row it ends.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    index: Tensor
+    parent: Tensor
+    tokens: tuple[int, ...]
+    visual: Tensor
+    newlines: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerDecision:
+    """What one cut between layers left.
+
+    Attributes:
+        layer: the layer whose attention was looked at; the cut is in force from the next one on.
+        keep: `bool[G, N]` over the tokens of `Placed`: what this cut and those before it left.
+        entries: length of the sequence behind the cut, padding included.
+    """
+
+    layer: int
+    keep: Tensor
+    entries: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """The entries that a group of decoder layers sees in a prefill.
+
+    Attributes:
+        source: `int64[B, L]`, where each entry stood in the stage before.
+        real: `bool[B, L]`, False on the padding that cutting made.
+        columns: `int64[B, L]`, which of the Q each entry is.
+        mask: `bool[B, L]`, what may be attended to.
+        visual: `bool[B, L]`.
+        places: `int64[G, N]`, where the tokens that are left stand among the L; 0 on padding.
+        valid: `bool[G, N]`.
+        slot: `int64[G, N]`, which token of `Placed` each is.
+        newlines: as in `Placed`, those that are left, with their columns among the L.
+        placed: what the prefill began with.
+        length: Q.
+        extra: Q - S.
+    """
+
+    source: Tensor
+    real: Tensor
+    columns: Tensor
+    mask: Tensor
+    visual: Tensor
+    places: Tensor
+    valid: Tensor
+    slot: Tensor
+    newlines: Tensor
+    placed: Placed
+    length: int
+    extra: int
+
+    @classmethod
+    def first(cls, placed: Placed, mask: Tensor, length: int) -> Stage:
+        """Everything, on the device of the mask `[B, S]`; what is behind S is text."""
+        device, extra = mask.device, length - mask.shape[1]
+        moved = _to(placed, device)
+        here = torch.arange(length, device=device).expand(len(mask), -1)
+        return cls(
+            source=here,
+            real=torch.ones_like(here, dtype=torch.bool),
+            columns=here,
+            mask=F.pad(mask != 0, (0, extra), value=True),
+            visual=F.pad(moved.visual, (0, extra)),
+            places=moved.columns,
+            valid=moved.valid,
+            slot=torch.arange(moved.valid.shape[1], device=device).expand_as(moved.valid),
+            newlines=moved.newlines,
+            placed=moved,
+            length=length,
+            extra=extra,
+        )
+
+    def to(self, device: torch.device) -> Stage:
+        """The same on a device."""
+        return self if self.mask.device == device else _to(self, device)
+
+    @property
+    def entries(self) -> int:
+        """L."""
+        return self.columns.shape[1]
+
+    @property
+    def index(self) -> Tensor:
+        """`int64[G, N]`: which original token of its image each token is; 0 on padding."""
+        return self.placed.index.gather(1, self.slot).masked_fill(~self.valid, 0)
+
+    @property
+    def keep(self) -> Tensor:
+        """`bool[G, N]` over the tokens of `Placed`: those that are left."""
+        wide = F.pad(torch.zeros_like(self.placed.valid), (0, 1))
+        slot = self.slot.masked_fill(~self.valid, wide.shape[1] - 1)
+        return wide.scatter(1, slot, True)[:, :-1]
+
+    @property
+    def present(self) -> Tensor:
+        """`bool[B, Q]`: the entries that are left."""
+        columns = self.columns.masked_fill(~self.real, self.length)
+        found = self.real.new_zeros(len(columns), self.length + 1)
+        return found.scatter(1, columns, True)[:, :-1]
+
+    def cut(self, keep: Tensor) -> Stage:
+        """The stage behind a cut that keeps `bool[G, N]`; this very one if it drops nothing.
+
+        Rows are padded anew on the left, to the longest.
+        """
+        gone, left = self.valid & ~keep, self.valid & keep
+        if not bool(gone.any()):
+            return self
+        rows, stays = self.placed.parent[:, 1:], F.pad(self.mask.long().cumsum(-1) > 0, (0, 1))
+        # the scratch column L takes what is not to be dropped
+        stays[rows, self.places.masked_fill(~gone, self.entries)] = False
+        lives = self._newlines_with(left)
+        stays[self.newlines[:, 0], self.newlines[:, 1].masked_fill(lives, self.entries)] = False
+        stays = stays[:, :-1]
+
+        short = max(int(stays.sum(-1).max()), 1)
+        here = torch.arange(self.entries, device=stays.device)
+        order = here.masked_fill(~stays, -1).argsort(dim=-1, stable=True)
+        source = order[:, self.entries - short :]
+        moved = torch.zeros_like(order).scatter(1, source, here[:short].expand_as(source))
+        width = max(int(left.sum(-1).max()), 1)
+        tokens = (~left).int().argsort(dim=-1, stable=True)[:, :width]
+        valid = left.gather(1, tokens)
+        newlines = self.newlines[lives].clone()
+        newlines[:, 1] = moved[newlines[:, 0], newlines[:, 1]]
+        real = stays.gather(1, source)
+        return dataclasses.replace(
+            self,
+            source=source,
+            real=real,
+            columns=self.columns.gather(1, source).masked_fill(~real, 0),
+            mask=self.mask.gather(1, source) & real,
+            visual=self.visual.gather(1, source) & real,
+            places=moved[rows, self.places.gather(1, tokens)].masked_fill(~valid, 0),
+            valid=valid,
+            slot=self.slot.gather(1, tokens),
+            newlines=newlines,
+        )
+
+    def _newlines_with(self, left: Tensor) -> Tensor:
+        """`bool[M]`: the newlines of whose row a token is left."""
+        most = max((*self.placed.tokens, 0))
+        present = left.new_zeros(len(left), most + 1)
+        # index 0 of the sums is an empty range
+        present.scatter_(1, (self.index + 1).masked_fill(~left, 0), True)
+        present[:, 0] = False
+        count = present.long().cumsum(-1)
+        group, first, end = self.newlines[:, 2:].unbind(-1)
+        return count[group, end] > count[group, first]
+
+    def take(self, hidden: Tensor) -> Tensor:
+        """Entries of the stage before, `[k·B, L', D]`, as entries of this one."""
+        here, copies = self.to(hidden.device), len(hidden) // len(self.columns)
+        return ops.compact(hidden, repeated(here.source, copies), repeated(here.real, copies))
+
+    def rope(self, x: Tensor, batch: int) -> Tensor:
+        """Cosines or sines `[..., 1 or k·B, Q, D]` of these entries."""
+        columns = self.columns.to(x.device)
+        index = repeated(columns, batch // len(columns))[..., None]
+        x = x.expand(*x.shape[:-3], batch, -1, -1)
+        return x.gather(-2, index.expand(*x.shape[:-3], *index.shape[:-1], x.shape[-1]))
+
+    def restore(self, hidden: Tensor) -> Tensor:
+        """`[k·B, L, D]` -> `[k·B, Q, D]`: a dropped entry takes the last one left at or before it.
+
+        If there is none, it takes the first.
+        """
+        columns, real = self.columns.to(hidden.device), self.real.to(hidden.device)
+        entry = torch.arange(self.entries, device=hidden.device).expand_as(columns)
+        last = columns.new_full((len(columns), self.length), -1)
+        last.scatter_reduce_(1, columns, entry.masked_fill(~real, -1), "amax")
+        first = real.int().argmax(-1, keepdim=True)
+        last = torch.maximum(last.cummax(-1).values, first)
+        last = repeated(last, len(hidden) // len(columns))
+        return ops.compact(hidden, last, torch.ones_like(last, dtype=torch.bool))
+
+
+def repeated(x: Tensor, copies: int) -> Tensor:
+    """Each row `copies` times, as generate repeats them for beams."""
+    return x if copies == 1 else x.repeat_interleave(copies, 0)
+
+
+def _to(data: _Data, device: torch.device) -> _Data:
+    moved: dict[str, Any] = {
+        field.name: _moved(getattr(data, field.name), device) for field in dataclasses.fields(data)
+    }
+    return dataclasses.replace(data, **moved)
+
+
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return _to(value, device) if isinstance(value, Placed) else value
