@@ -44,6 +44,70 @@ def test_attention_rows_in_low_precision_are_as_good_as_plain_torch() -> None:
     ).abs().max()
 
 
+def qkv(rows: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 3, n, 8, generator=g), torch.randn(rows, 3, n, 8, generator=g)
+
+
+def full_attention(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    return (q @ k.mT * scale).softmax(-1).mean(-3)
+
+
+@pytest.mark.parametrize("filler", [0.0, 1e9, float("nan")])
+@pytest.mark.parametrize("part", [1, 4, 10**6])
+def test_rows_that_stand_in_for_cls(
+    monkeypatch: pytest.MonkeyPatch, filler: float, part: int
+) -> None:
+    monkeypatch.setattr(ops, "_MAP", part * 3 * 3 * 17)
+    q, k = qkv(3, 17)
+    valid = torch.rand(3, 17, generator=torch.Generator().manual_seed(2)) < 0.6
+    valid[1], valid[2] = True, False
+    for x in (q, k):
+        x.masked_fill_(~valid[:, None, :, None], filler)
+    mean, received = (f(q, k, 0.4, valid) for f in (ops.mean_query_row, ops.received_row))
+    for row in (mean, received):
+        assert row.dtype == torch.float32
+        assert (row[~valid] == 0).all()
+        torch.testing.assert_close(row[:2].sum(-1), torch.ones(2))
+    for b in range(2):
+        at, to = q[b][:, valid[b]], k[b][:, valid[b]]
+        alone = full_attention(at.mean(1, keepdim=True), to, 0.4)[0]
+        torch.testing.assert_close(mean[b, valid[b]], alone)
+        torch.testing.assert_close(received[b, valid[b]], full_attention(at, to, 0.4).mean(0))
+
+
+@pytest.mark.parametrize("past", [0, 5])
+@pytest.mark.parametrize("part", [1, 3, 10**6])
+def test_causal_mass_is_read_off_the_full_causal_map(
+    monkeypatch: pytest.MonkeyPatch, past: int, part: int
+) -> None:
+    q, k = qkv(2, 11), qkv(2, 11 + past, 1)[1]
+    q = q[0]
+    monkeypatch.setattr(ops, "_MAP", part * 3 * (11 + past))
+    mask = torch.ones(2, 11).bool()
+    mask[0, :3] = False
+    g = torch.Generator().manual_seed(3)
+    rows, onto = (torch.rand(2, 11, generator=g) < 0.5) & mask, torch.zeros(2, 11).bool()
+    onto[0, 4:7], onto[1, 2:5] = True, True
+    rows[:, -1] = True
+    got = ops.causal_mass(q, k, 0.4, mask, rows, onto)
+    for b in range(2):
+        allowed = torch.ones(11, 11).tril().bool() & mask[b]
+        allowed = torch.cat([torch.ones(11, past).bool(), allowed], -1)
+        logits = (q[b] @ k[b].mT * 0.4).masked_fill(~allowed, float("-inf"))
+        weights = logits.softmax(-1).mean(0)[rows[b]][:, past:][:, onto[b]]
+        torch.testing.assert_close(got[b], weights.sum(-1).mean())
+
+
+def test_causal_mass_onto_what_comes_later_is_nothing() -> None:
+    q, k = qkv(1, 9)
+    first = torch.arange(9)[None] < 4
+    every = torch.ones(1, 9).bool()
+    assert ops.causal_mass(q, k, 1.0, every, first, ~first).tolist() == [0.0]
+    assert ops.causal_mass(q, k, 1.0, every, first & False, first).tolist() == [0.0]
+    torch.testing.assert_close(ops.causal_mass(q, k, 1.0, every, ~first, every), torch.ones(1))
+
+
 @given(st.data())
 def test_topk_keeps_the_highest_ascending_ties_to_the_lowest(data: st.DataObject) -> None:
     groups, n = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 24))

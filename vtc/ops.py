@@ -6,10 +6,15 @@ place on a GPU; which one ran is said in `report()`.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from vtc.errors import OptionError
+
+# numbers in the largest attention map formed at once: 64 MiB of float32
+_MAP = 2**24
 
 
 def attention_rows(q: Tensor, k: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
@@ -28,6 +33,84 @@ def attention_rows(q: Tensor, k: Tensor, scale: float, valid: Tensor | None = No
     if valid is not None:
         logits = logits.masked_fill(~valid[:, None, None], float("-inf"))
     return logits.softmax(-1).mean(1)
+
+
+def mean_query_row(q: Tensor, k: Tensor, scale: float, valid: Tensor) -> Tensor:
+    """Attention of the mean query to all keys, averaged over heads: what stands in for a [CLS].
+
+    Args:
+        q: `[B, H, N, d]`; its mean is taken over the valid entries.
+        k: `[B, H, N, d]`.
+        scale: what q·k is multiplied by.
+        valid: `bool[B, N]`.
+
+    Returns:
+        `float32[B, N]`; a row sums to 1, 0 where not valid.
+    """
+    at = valid[:, None, :, None]
+    total = q.float().masked_fill(~at, 0).sum(2, keepdim=True)
+    mean = total / at.sum(2, keepdim=True).clamp_min(1)
+    return attention_rows(mean, k, scale, valid)[:, 0].masked_fill(~valid, 0)
+
+
+def received_row(q: Tensor, k: Tensor, scale: float, valid: Tensor) -> Tensor:
+    """Attention that each key receives, averaged over heads and valid queries; N×N is formed in
+    parts only.
+
+    Args:
+        q: `[B, H, N, d]`.
+        k: `[B, H, N, d]`.
+        scale: what q·k is multiplied by.
+        valid: `bool[B, N]`.
+
+    Returns:
+        `float32[B, N]`; a row sums to 1, 0 where not valid.
+    """
+    batch, heads, n, _ = k.shape
+    received = torch.zeros(batch, n, device=k.device)
+    for part in torch.arange(n, device=k.device).split(max(1, _MAP // max(batch * heads * n, 1))):
+        rows = attention_rows(q[:, :, part], k, scale, valid)  # [B, R, N]
+        # `where`, not a product: the row of a padding query may be NaN
+        received += torch.where(valid[:, part, None], rows, 0).sum(1)
+    return (received / valid.sum(-1, keepdim=True).clamp_min(1)).masked_fill(~valid, 0)
+
+
+def causal_mass(
+    q: Tensor, k: Tensor, scale: float, mask: Tensor, rows: Tensor, onto: Tensor
+) -> Tensor:
+    """Share of the causal attention of some entries that falls on others: the mean over heads and
+    entries.
+
+    Only the maps of the entries that can see one of the others are formed, a few at a time: an
+    entry before all of them has no mass there.
+
+    Args:
+        q: `[B, H, S, d]`.
+        k: `[B, H, T, d]`, T ≥ S: the last S keys are those of the entries, the ones before may be
+            attended to by all.
+        scale: what q·k is multiplied by.
+        mask: `bool[B, S]`, False on padding, which nothing attends to.
+        rows: `bool[B, S]`, the entries that attend.
+        onto: `bool[B, S]`, the entries attended to.
+
+    Returns:
+        `float32[B]`; 0 where a batch row has no such entries.
+    """
+    past, mass = k.shape[2] - q.shape[2], torch.zeros(len(q), device=q.device)
+    seeing = rows & (onto.cumsum(-1) > 0)
+    for b in range(len(q)):
+        at = seeing[b].nonzero()[:, 0]
+        if not len(at):
+            continue
+        keys = k[b].float()
+        key_at = torch.arange(keys.shape[1], device=q.device) - past
+        there = torch.cat([mask.new_ones(past), mask[b]])
+        for part in at.split(max(1, _MAP // keys.shape[:2].numel())):
+            logits = torch.einsum("hrd,htd->hrt", q[b][:, part].float(), keys) * scale
+            visible = there & (key_at <= part[:, None])
+            weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+            mass[b] += weights[..., past:][..., onto[b]].sum() / len(weights)
+    return mass / rows.sum(-1).clamp_min(1)
 
 
 def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,6 +132,53 @@ def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
     rank = torch.arange(width, device=scores.device)
     keep_valid = rank < counts.to(scores.device)[:, None]
     index = by_score[:, :width].masked_fill(~keep_valid, scores.shape[1])
+    return index.sort(-1).values.masked_fill(~keep_valid, 0), keep_valid
+
+
+def greedy_diversity(
+    features: Tensor,
+    valid: Tensor,
+    counts: Tensor,
+    pivot: Tensor,
+    objective: Literal["max_sum", "k_center"],
+) -> tuple[Tensor, Tensor]:
+    """From a pivot on, again and again the token least similar to those chosen; ties go to the
+    lowest index.
+
+    Similar is meant by cosine, summed over the chosen (`"max_sum"`) or to the nearest of them
+    (`"k_center"`, farthest-point sampling). O(N·K·D) in float32; N×N is never formed. A token of
+    zeros has similarity 0 to all.
+
+    Args:
+        features: `[G, N, D]`.
+        valid: `bool[G, N]`; an invalid token is never chosen.
+        counts: `int64[G]` on the CPU, at most the valid tokens of the group.
+        pivot: `int64[G]`, the first choice of each group.
+        objective: how the similarities to the chosen are put together.
+
+    Returns:
+        `keep`, `int64[G, K]` with K = max(counts), ascending, 0 where not valid, and `bool[G, K]`.
+    """
+    width = int(counts.max()) if len(counts) else 0
+    x = torch.nn.functional.normalize(
+        features.float().masked_fill(~valid[..., None], 0), dim=-1
+    )  # [G, N, D]
+    groups, taken = torch.arange(len(x), device=x.device), ~valid
+    chosen, likeness = [pivot], torch.full(valid.shape, float("-inf"), device=x.device)
+    for i in range(1, width):
+        taken = taken.scatter(1, chosen[-1][:, None], True)
+        # a product and a sum, not a matrix product: that one may round equal tokens (still frames
+        # of a video) and rows of other batches differently, and which is lowest would be chance
+        cosine = (x * x[groups, chosen[-1]][:, None]).sum(-1)
+        if objective == "k_center":
+            likeness = torch.maximum(likeness, cosine)
+        else:
+            likeness = cosine if i == 1 else likeness + cosine
+        chosen.append(likeness.masked_fill(taken, float("inf")).argmin(-1))
+    keep_valid = torch.arange(width, device=x.device) < counts.to(x.device)[:, None]
+    if not width:
+        return keep_valid.long(), keep_valid
+    index = torch.stack(chosen, 1).masked_fill(~keep_valid, valid.shape[1])
     return index.sort(-1).values.masked_fill(~keep_valid, 0), keep_valid
 
 

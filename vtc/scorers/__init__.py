@@ -1,9 +1,13 @@
 """Scorers: Tokens -> scores `[G, N]`, float32, higher = keep."""
 
 from vtc.scorers.base import Scorer
+from vtc.scorers.center import Center
 from vtc.scorers.cls_attention import ClsAttention
+from vtc.scorers.overview import Overview
 from vtc.scorers.random_scores import RandomScores
 
-SCORERS: dict[str, type[Scorer]] = {s.name: s for s in (ClsAttention, RandomScores)}
+SCORERS: dict[str, type[Scorer]] = {
+    s.name: s for s in (ClsAttention, RandomScores, Center, Overview)
+}
 
-__all__ = ["SCORERS", "ClsAttention", "RandomScores", "Scorer"]
+__all__ = ["SCORERS", "Center", "ClsAttention", "Overview", "RandomScores", "Scorer"]

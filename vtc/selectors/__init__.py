@@ -1,10 +1,24 @@
 """Selectors: (tokens, scores, counts) -> Selection."""
 
 from vtc.selectors.base import Count, Selector, selection_of
+from vtc.selectors.farthest_point import FarthestPoint
 from vtc.selectors.grid_pool import GridPool
+from vtc.selectors.max_sum import MaxSum
 from vtc.selectors.top_k import TopK
 from vtc.selectors.uniform import UniformStride
 
-SELECTORS: dict[str, type[Selector]] = {s.name: s for s in (TopK, UniformStride, GridPool)}
+SELECTORS: dict[str, type[Selector]] = {
+    s.name: s for s in (TopK, UniformStride, GridPool, MaxSum, FarthestPoint)
+}
 
-__all__ = ["SELECTORS", "Count", "GridPool", "Selector", "TopK", "UniformStride", "selection_of"]
+__all__ = [
+    "SELECTORS",
+    "Count",
+    "FarthestPoint",
+    "GridPool",
+    "MaxSum",
+    "Selector",
+    "TopK",
+    "UniformStride",
+    "selection_of",
+]

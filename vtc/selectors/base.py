@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from vtc.errors import VtcError
 from vtc.types import Selection, Tokens
 
 Count = Literal["exact", "at_most", "adaptive"]
@@ -34,6 +35,22 @@ class Selector(ABC):
             scores: `float32[G, N]`, or None for selectors that use none.
             counts: `int64[G]` on the CPU, tokens wanted of each group.
         """
+
+
+def checked_scores(name: str, tokens: Tokens, scores: Tensor | None) -> Tensor:
+    """The scores of selector `name`; raises `VtcError` where they are missing or NaN."""
+    if scores is None or scores.shape != tokens.valid.shape:
+        got = None if scores is None else tuple(scores.shape)
+        raise VtcError(
+            f"{name} got scores of shape {got}, expected {tuple(tokens.valid.shape)}: "
+            f"return one score per token from the scorer"
+        )
+    if bool((scores.isnan() & tokens.valid).any()):
+        raise VtcError(
+            f"{name} got NaN scores, expected numbers: a scorer divides by zero or the "
+            "model produced NaN features"
+        )
+    return scores
 
 
 def selection_of(

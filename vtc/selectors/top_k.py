@@ -8,8 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc import ops
-from vtc.errors import VtcError
-from vtc.selectors.base import Selector, selection_of
+from vtc.selectors.base import Selector, checked_scores, selection_of
 from vtc.types import Selection, Tokens
 
 
@@ -22,16 +21,6 @@ class TopK(Selector):
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
         """Choose; raises `VtcError` on missing or NaN scores."""
-        if scores is None or scores.shape != tokens.valid.shape:
-            got = None if scores is None else tuple(scores.shape)
-            raise VtcError(
-                f"top_k got scores of shape {got}, expected {tuple(tokens.valid.shape)}: "
-                f"return one score per token from the scorer"
-            )
-        if bool((scores.isnan() & tokens.valid).any()):
-            raise VtcError(
-                "top_k got NaN scores, expected numbers: a scorer divides by zero or the "
-                "model produced NaN features"
-            )
+        scores = checked_scores(self.name, tokens, scores)
         keep, valid = ops.group_topk(scores, tokens.valid, counts)
         return selection_of(tokens, keep, valid, scores)
