@@ -224,7 +224,7 @@ def _sharpen(model: Any) -> None:
             weight.normal_(std=0.2)
 
 
-def build_model(family: str, *, blocks: int = 6, seed: int = 0, **config: Any) -> Any:
+def build_model(family: str, *, blocks: int = 6, seed: int = 10, **config: Any) -> Any:
     """A model of `family`; `config` replaces arguments of its config."""
     torch.manual_seed(seed)
     model = _BUILDERS[family](blocks, config)

@@ -227,7 +227,7 @@ def _pixel_inputs(family: str, visuals: Sequence[_Visual]) -> Inputs:
     return out
 
 
-def _cut(inputs: Inputs) -> list[bool]:
+def cut_into_crops(inputs: Inputs) -> list[bool]:
     """Of each image: whether it is cut into crops."""
     numbers = inputs.get("batch_num_images", torch.ones(len(inputs["image_sizes"]))).tolist()
     return [n == 1 for n in numbers for _ in range(int(n))]
@@ -247,7 +247,7 @@ def counts(family: str, inputs: Inputs, kind: Kind) -> list[int]:
         begins, ends = (ids == START).nonzero(), (ids == END).nonzero()
         return (ends - begins - 1).flatten().tolist()
     if family in PINPOINTS:
-        sizes = zip(inputs["image_sizes"].tolist(), _cut(inputs), strict=True)
+        sizes = zip(inputs["image_sizes"].tolist(), cut_into_crops(inputs), strict=True)
         return [anyres_count(family, size, cut) for size, cut in sizes]
     return [tokens_per_crop(family)] * len(inputs[name])
 
@@ -282,7 +282,7 @@ def take_rows(family: str, inputs: Inputs, rows: Sequence[int]) -> Inputs:
             numbers = [owner.count(row) for row in rows]
             out["batch_num_images"] = torch.tensor([n for n in numbers if n])
         if "image_sizes" in out and kind == "image":
-            sizes = zip(out["image_sizes"].tolist(), _cut(out), strict=True)
+            sizes = zip(out["image_sizes"].tolist(), cut_into_crops(out), strict=True)
             out[name] = out[name][:, : max(anyres_crops(family, *size) for size in sizes)]
     return out
 
