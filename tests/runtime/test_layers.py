@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from tests.kit.models import FAMILIES, PLACEHOLDERS, build_model
-from tests.kit.oracle import groups, masked_from_layer, rows_expanded_by_hand
+from tests.kit.oracle import groups, masked_from_layer, positions, rows_expanded_by_hand
 from tests.kit.prompts import PROMPTS, Inputs, build_inputs
 from vtc import ops
+from vtc.errors import InputError, PatchError, SignalError, UnsupportedModeError, VtcError
 from vtc.runtime.layer_stage import Placed
 from vtc.runtime.layers import LayerSeam
 from vtc.sites import LayerView
@@ -67,7 +69,8 @@ class LastRow:
         scores = row[view.parent[:, 1:], held + view.columns]
         counts = budget.counts(view.valid, view.parent)
         keep, valid = ops.group_topk(scores, view.valid, counts)
-        return torch.zeros_like(view.valid).scatter(1, keep, valid) & view.valid
+        wide = torch.nn.functional.pad(torch.zeros_like(view.valid), (0, 1))
+        return wide.scatter(1, keep.masked_fill(~valid, wide.shape[1] - 1), True)[:, :-1]
 
 
 @dataclass
@@ -79,6 +82,7 @@ class Run:
     inputs: Inputs
     placed: Placed
     seam: LayerSeam
+    announced: bool = True
 
     def columns(self, keep: Tensor) -> Tensor:
         """`bool[B, S]`, False where `keep [G, N]` drops a token, or the whole row of a newline."""
@@ -133,21 +137,22 @@ def cutting(
     prompt: Sequence[Any],
     model: Any = None,
 ) -> Iterator[Run]:
-    """A stock model with the seam attached; each run on an empty cache is announced as a prefill."""
+    """A stock model with the seam attached; runs on an empty cache are announced as prefills."""
     model = model or model_of(family)
     inputs = build_inputs(family, prompt)
     placed = placed_in(family, model, inputs)
     seam = seam_on(model, method, layers)
+    run = Run(family, model, inputs, placed, seam)
 
     def announce(module: Any, args: Any, kwargs: Any) -> None:
         cached = kwargs.get("past_key_values")
-        if cached is None or int(cached.get_seq_length()) == 0:
+        if run.announced and (cached is None or int(cached.get_seq_length()) == 0):
             seam.expect(placed, inputs["attention_mask"])
 
     hook = model.model.language_model.register_forward_pre_hook(announce, with_kwargs=True)
     seam.attach()
     try:
-        yield Run(family, model, inputs, placed, seam)
+        yield run
     finally:
         seam.detach()
         hook.remove()
@@ -259,3 +264,282 @@ def test_candidates_that_are_taken_back(family: str) -> None:
     assert torch.equal(got.sequences, plain.sequences)
     with masking(run, left):
         same(got, generated(run, **options))
+
+
+@pytest.mark.parametrize("mode", ["beams", "sampled", "static cache"])
+@pytest.mark.parametrize("family", ["llava_siglip", "qwen2_vl"])
+def test_a_choice_by_attention_is_the_same_in_every_mode(family: str, mode: str) -> None:
+    with cutting(family, LastRow(), (1, 2), PROMPTS[MIXED]) as run:
+        generated(run)
+        plain = [decision.keep for decision in run.seam.decisions]
+        got = generated(run, **MODES[mode])
+        left = {decision.layer: decision.keep for decision in run.seam.decisions}
+    counts = Budget.of(0.5).counts(run.placed.valid, run.placed.parent)
+    assert torch.equal(left[1].sum(-1), counts)
+    for one, other in zip(plain, left.values(), strict=True):
+        assert torch.equal(one, other)
+    with masking(run, left):
+        same(got, generated(run, **MODES[mode]))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_what_a_method_sees_is_what_eager_attention_computes(family: str) -> None:
+    method = LastRow()
+    with cutting(family, method, (1,), PROMPTS[MIXED]) as run, torch.no_grad():
+        run.model(**run.inputs)
+    eager = build_model(family)
+    eager.set_attn_implementation("eager")
+    with torch.no_grad():
+        seen = eager(**run.inputs, output_attentions=True).attentions[1]
+    torch.testing.assert_close(method.rows[0], seen[:, :, -1].mean(1), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "qwen3_vl"])
+def test_forward_with_labels(family: str) -> None:
+    placed = placed_in(family, model_of(family), build_inputs(family, PROMPTS[MIXED]))
+    left = {1: keeping(placed, 0.3)}
+    with cutting(family, Scripted(left), (1,), PROMPTS[MIXED]) as run:
+        # only text behind text: what follows a dropped token is predicted from what was left
+        text = run.inputs["attention_mask"].bool() & ~run.placed.visual & run.columns(left[1])
+        text[:, 1:] &= text[:, :-1].clone()
+        labels = run.inputs["input_ids"].masked_fill(~text, -100)
+        options = {"labels": labels, "output_hidden_states": True, "use_cache": False}
+        got = run.model(**run.inputs, **options)
+        got.loss.backward()
+        gradient = run.model.lm_head.weight.grad.clone()
+        run.model.zero_grad()
+        assert got.logits.shape[:2] == labels.shape
+        assert {state.shape[1] for state in got.hidden_states} == {labels.shape[1]}
+    with masking(run, left):
+        want = run.model(**run.inputs, **options)
+        want.loss.backward()
+    torch.testing.assert_close(got.loss, want.loss, **TOLERANCE)
+    torch.testing.assert_close(gradient, run.model.lm_head.weight.grad, **TOLERANCE)
+    run.model.zero_grad()
+    kept = run.inputs["attention_mask"].bool() & run.columns(left[1])
+    for one, other in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(one[kept], other[kept], **TOLERANCE)
+
+
+def test_a_dropped_entry_takes_the_last_one_left() -> None:
+    placed = placed_in("llava", model_of("llava"), build_inputs("llava", PROMPTS["batch 1"]))
+    left = torch.zeros_like(placed.valid)
+    left[0, 5] = True
+    with cutting("llava", Scripted({1: left}), (1,), PROMPTS["batch 1"]) as run, torch.no_grad():
+        logits = run.model(**run.inputs).logits[0]
+    first = int(placed.columns[0, 0])
+    for at in range(first, int(placed.columns[0].max()) + 1):
+        source = first - 1 if at < first + 5 else first + 5
+        assert torch.equal(logits[at], logits[source])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_without_drops_a_run_is_the_stock_one(family: str) -> None:
+    everything = {1: torch.ones(3, 200, dtype=torch.bool)}
+    with cutting(family, Scripted(everything), (1,), PROMPTS[MIXED]) as run, torch.no_grad():
+        got, cached = generated(run), run.model(**run.inputs).past_key_values
+        assert not hasattr(cached, "_vtc_layers")
+        assert run.seam.decisions[0].entries == run.inputs["input_ids"].shape[1]
+        assert bool((run.seam.decisions[0].keep == run.placed.valid).all())
+    want = generated(run)
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
+
+
+def test_text_alone_is_the_stock_run() -> None:
+    model = model_of("llava")
+    ids = torch.arange(3, 20)[None]
+    seam = seam_on(model, Scripted({}, drops_earlier_kv=True), (1,))
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        seam.attach()
+        try:
+            assert torch.equal(model(input_ids=ids).logits, want)
+        finally:
+            seam.detach()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_keys_that_earlier_layers_stop_reading(static: bool) -> None:
+    placed = placed_in("llava", model_of("llava"), build_inputs("llava", PROMPTS[MIXED]))
+    left = {0: keeping(placed, 0.7), 2: keeping(placed, 0.7) & keeping(placed, 0.5, seed=1)}
+    method, steps = Scripted(left, drops_earlier_kv=True), 5
+    options = {"cache_implementation": "static"} if static else {}
+    with cutting("llava", method, (0, 2), PROMPTS[MIXED]) as run, torch.no_grad():
+        got = generated(run, max_new_tokens=steps, **options)
+    new = got.sequences[:, run.inputs["input_ids"].shape[1] :]
+    seen, last = run.inputs["attention_mask"], run.columns(left[2])
+    with torch.no_grad(), masking(run, left):
+        out = run.model(**run.inputs, position_ids=positions(run.model, run.inputs))
+        for step in range(steps - 1):
+            out = run.model(
+                input_ids=new[:, step : step + 1],
+                attention_mask=torch.cat([seen * last, torch.ones_like(new[:, : step + 1])], 1),
+                position_ids=seen.sum(-1, keepdim=True) + step,
+                past_key_values=out.past_key_values,
+            )
+            torch.testing.assert_close(out.logits[:, -1], got.logits[step + 1], **TOLERANCE)
+
+
+def test_two_turns_of_generate_on_one_cache() -> None:
+    prompt = PROMPTS["ragged"]
+    placed = placed_in("llava", model_of("llava"), build_inputs("llava", prompt))
+    left = {1: keeping(placed, 0.4)}
+
+    def turns(run: Run) -> list[Tensor]:
+        first = generated(run, max_new_tokens=4, past_key_values=None)
+        more = torch.tensor([[11, 12, 13], [14, 15, 16]])
+        ids = torch.cat([first.sequences, more], 1)
+        grown = torch.ones(2, ids.shape[1] - run.inputs["input_ids"].shape[1], dtype=torch.long)
+        second = run.model.generate(
+            input_ids=ids,
+            attention_mask=torch.cat([run.inputs["attention_mask"], grown], 1),
+            past_key_values=first.past_key_values,
+            max_new_tokens=4,
+            do_sample=False,
+            suppress_tokens=PLACEHOLDERS,
+        )
+        return [first.sequences, second]
+
+    with cutting("llava", Scripted(left), (1,), prompt) as run:
+        got = turns(run)
+    with masking(run, left):
+        want = turns(run)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_static_cache_that_is_used_again_forgets() -> None:
+    placed = placed_in("llava", model_of("llava"), build_inputs("llava", PROMPTS["batch 1"]))
+    method = Scripted({1: keeping(placed, 0.3)})
+    text = {"input_ids": torch.arange(3, 40)[None], "max_new_tokens": 5, "do_sample": False}
+    with cutting("llava", method, (1,), PROMPTS["batch 1"]) as run:
+        want = build_model("llava").generate(**text)
+        generated(run, cache_implementation="static", max_length=60, max_new_tokens=None)
+        run.announced = False
+        got = run.model.generate(**text, cache_implementation="static")
+    assert torch.equal(got, want)
+
+
+def test_eager_attention() -> None:
+    model = build_model("qwen2_vl")
+    model.set_attn_implementation("eager")
+    placed = placed_in("qwen2_vl", model, build_inputs("qwen2_vl", PROMPTS[MIXED]))
+    left = {0: keeping(placed, 0.4)}
+    with cutting("qwen2_vl", Scripted(left), (0,), PROMPTS[MIXED], model) as run:
+        got = {mode: generated(run, **MODES[mode]) for mode in ("greedy", "static cache")}
+    with masking(run, left):
+        for mode, output in got.items():
+            same(output, generated(run, **MODES[mode]))
+
+
+def traces(model: Any) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    modules = list(model.modules())
+    return (
+        [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in modules],
+        [id(vars(m).get("config")) for m in modules],
+        [list(vars(m)) for m in modules],
+        sorted(ALL_ATTENTION_FUNCTIONS.keys()),
+    )
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Broken, KeyboardInterrupt])
+def test_a_broken_choice_leaves_nothing(kind: type[BaseException]) -> None:
+    model = model_of("llava")
+    inputs = build_inputs("llava", PROMPTS[MIXED])
+    with torch.no_grad():
+        want = model(**inputs).logits
+    before = traces(model)
+
+    class Breaks(Scripted):
+        def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+            raise kind("no")
+
+    with cutting("llava", Breaks({}), (1,), PROMPTS[MIXED]) as run, torch.no_grad():
+        attached = traces(model)
+        with pytest.raises(kind):
+            model(**inputs)
+        if kind is Broken:
+            assert traces(model) == attached
+        run.announced = False
+        model.model.language_model(inputs_embeds=torch.zeros(1, 3, 64))
+        assert traces(model) == attached
+        run.seam.attach()
+        assert traces(model) == attached
+    assert traces(model) == before
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("keep", [torch.ones(3, 7, dtype=torch.bool), torch.ones(3, 36), None])
+def test_a_choice_of_another_shape_is_refused(keep: Any) -> None:
+    class Wrong(Scripted):
+        def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+            return keep
+
+    with (
+        cutting("llava", Wrong({}), (1,), PROMPTS[MIXED]) as run,
+        pytest.raises(VtcError, match="expected a tensor of bool"),
+    ):
+        run.model(**run.inputs)
+
+
+def test_layers_that_cannot_be_cut_after_are_refused() -> None:
+    with pytest.raises(SignalError, match=r"expected layers 0\.\.2"):
+        seam_on(model_of("llava"), Scripted({}), (3,))
+    with pytest.raises(SignalError, match="expected layer 1 or later"):
+        seam_on(model_of("qwen3_vl"), Scripted({}), (0, 2))
+    model = build_model("llava")
+    model.model.language_model.config.sliding_window = 16
+    with pytest.raises(UnsupportedModeError, match="slides over 16"):
+        seam_on(model, Scripted({}), (1,))
+    seam_on(model, Scripted({}), ())
+
+
+def test_training_with_checkpoints_is_refused() -> None:
+    model = build_model("llava").train()
+    model.gradient_checkpointing_enable()
+    with (
+        cutting("llava", Scripted({}), (1,), PROMPTS[MIXED], model) as run,
+        pytest.raises(UnsupportedModeError, match="gradient checkpointing"),
+    ):
+        run.model(**run.inputs)
+
+
+def test_a_prompt_in_pieces_is_refused() -> None:
+    with (
+        cutting("llava", Scripted({}), (1,), PROMPTS["batch 1"]) as run,
+        pytest.raises(UnsupportedModeError, match="prefill_chunk_size"),
+    ):
+        generated(run, prefill_chunk_size=8)
+
+
+def test_what_a_cut_cache_cannot_go_through_is_refused() -> None:
+    placed = placed_in("llava", model_of("llava"), build_inputs("llava", PROMPTS["batch 1"]))
+    method, one = Scripted({1: keeping(placed, 0.3)}), torch.ones(1, 1, dtype=torch.long)
+    with cutting("llava", method, (1,), PROMPTS["batch 1"]) as run, torch.no_grad():
+        cached = run.model(**run.inputs).past_key_values
+        length = run.inputs["input_ids"].shape[1]
+        with pytest.raises(InputError, match="attention mask"):
+            run.model(input_ids=one, past_key_values=cached, attention_mask=one)
+        with pytest.raises(UnsupportedModeError, match="same batch"):
+            run.model(input_ids=one.repeat(2, 1), past_key_values=cached)
+        cached.crop(-3)
+        mask = torch.ones(1, length - 2, dtype=torch.long)
+        run.model(input_ids=one, past_key_values=cached, attention_mask=mask)
+        cached.crop(-12)
+        with pytest.raises(UnsupportedModeError, match="taken back"):
+            run.model(input_ids=one, past_key_values=cached)
+
+
+def test_a_model_with_the_seam_is_not_copied() -> None:
+    with (
+        cutting("llava", Scripted({}), (1,), PROMPTS["batch 1"]) as run,
+        pytest.raises(PatchError, match="copied or pickled"),
+    ):
+        copy.deepcopy(run.model.model.language_model)

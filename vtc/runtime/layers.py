@@ -344,9 +344,9 @@ class _Run:
             output.hidden_states = tuple(map(self._restored_state, range(len(states)), states))
         return output
 
-    def _restored_state(self, layer: int, hidden: Tensor | None) -> Tensor | None:
-        """The input of a layer over all entries; behind the last one, the output."""
-        stage = self.stages[bisect_left(self._cuts, layer)]
+    def _restored_state(self, at: int, hidden: Tensor | None) -> Tensor | None:
+        """Of the first layer's input and all layers' outputs one, over all entries."""
+        stage = self.stages[bisect_left(self._cuts, max(at - 1, 0))]
         if hidden is None or stage is self.stages[0]:
             return hidden
         return stage.restore(hidden)
