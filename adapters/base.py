@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vtc.errors import InputError, UnsupportedModeError
 
 Grid = tuple[int, int, int]
 
@@ -17,19 +21,53 @@ class Encoder:
     """The vision encoder of one model.
 
     Attributes:
-        attentions: the self-attention module of each block, in order.
+        blocks: its blocks, in order.
+        attentions: the self-attention module of each.
         tap: index of the block whose output the projector reads.
         has_cls: whether token 0 is a [CLS].
+        packed: whether images stand one behind the other in one sequence `[patches, width]`,
+            attended to in segments; otherwise rows `[R, patches, width]`.
+        full: blocks whose segments are whole frames; None: all of them.
+        joints: modules that read whole rows of patches between or behind the blocks.
     """
 
+    blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     tap: int
     has_cls: bool
+    packed: bool = False
+    full: frozenset[int] | None = None
+    joints: tuple[nn.Module, ...] = ()
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
-        return len(self.attentions)
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image or video of a call, in the order in which its tokens stand.
+
+    Attributes:
+        grids: `(t, h, w)` in LLM tokens of its parts: a thumbnail, a canvas of crops, tiles, ...
+        newlines: `(first, end)` token ranges, ascending: a newline token stands behind each.
+        rows: how many rows of the encoder it takes (crops, tiles or frames; 1 where images are
+            packed).
+        video: whether it is a video.
+        overview: the part that shows the whole picture, where there are several.
+    """
+
+    grids: tuple[Grid, ...]
+    newlines: tuple[tuple[int, int], ...] = ()
+    rows: int = 1
+    video: bool = False
+    overview: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens, newlines not counted."""
+        return sum(t * h * w for t, h, w in self.grids)
 
 
 class Adapter(ABC):
@@ -40,16 +78,22 @@ class Adapter(ABC):
 
     Attributes:
         supported: the class and its models, for error messages.
-        visual_inputs: keyword inputs that belong to pixels; a prompt of embeddings goes without
-            them.
+        pixel_inputs: the keyword inputs that hold pixels, of images first, of videos second.
+        visual_inputs: all keyword inputs that belong to pixels; a prompt of embeddings goes
+            without them.
         feature_options: names in the model's config that a call may override and that decide which
             features the encoder gives.
+        tiled: whether an image may be encoded as several crops or tiles.
+        patches_per_token: how many patches become one LLM token.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     supported: ClassVar[str]
+    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     visual_inputs: ClassVar[tuple[str, ...]]
     feature_options: ClassVar[tuple[str, ...]] = ()
+    tiled: ClassVar[bool] = False
+    patches_per_token: int = 1
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -79,24 +123,104 @@ class Adapter(ABC):
         """Blocks, feature tap and [CLS] of the vision tower."""
 
     @property
-    @abstractmethod
     def image_token_id(self) -> int:
-        """The placeholder id that one visual token takes in `input_ids`."""
+        """The placeholder id that one visual token of an image takes in `input_ids`."""
+        return int(self.model.config.image_token_id)
 
-    @abstractmethod
+    @property
+    def video_token_id(self) -> int | None:
+        """The same for videos; None where they have none of their own."""
+        return None
+
+    @property
+    def deepstack_layers(self) -> int:
+        """How many decoder layers have visual features added behind them."""
+        return 0
+
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether pixels come with these keyword inputs of the model."""
+        return any(inputs.get(name) is not None for name in self.pixel_inputs)
+
+    def position_ids(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Position ids that the stock forward makes of pixels and ids; None: it needs no pixels."""
+        return None
 
     @abstractmethod
-    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
-        """`(t, h, w)` in LLM tokens of each image, in order."""
+    def visuals(self, inputs: Mapping[str, Any], runs: list[int]) -> list[Visual]:
+        """The images, then the videos, each in the order of their placeholders.
+
+        `runs` holds the lengths of the stretches of image placeholders, row by row.
+        """
 
     @abstractmethod
-    def pixels(self, inputs: Mapping[str, Any]) -> list[Tensor]:
-        """The pixel tensor of each image, in order."""
+    def pixels(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
+        """The pixel tensor of each image or video, in order."""
+
+    def units(self, patches: int) -> Tensor | None:
+        """Which patches of a row make up each LLM token, `int64[U, m]`; None: patch by patch."""
+        return None
+
+    def pack(self, values: Tensor, inputs: Mapping[str, Any], which: int) -> Tensor:
+        """Numbers of units `[C, R, U]` of image or video `which` as those of its LLM tokens
+        `[C, N]`."""
+        return values.flatten(1)
+
+    def blends(self, inputs: Mapping[str, Any], which: int, visual: Visual) -> str | None:
+        """Why one LLM token of it is made of several units, or None where it is not."""
+        return None
+
+    def unit_order(self, grids: Tensor) -> Tensor | None:
+        """In packed encoders: which unit stands where in the sequence; None: in order."""
+        return None
+
+    @abstractmethod
+    def part(
+        self, inputs: Mapping[str, Any], visuals: list[Visual], chosen: list[int]
+    ) -> dict[str, Any]:
+        """Pixel inputs of the chosen images and videos alone."""
 
     @abstractmethod
     def encode_resized(
-        self, inputs: Mapping[str, Any], sizes: list[tuple[int, int]]
+        self, inputs: Mapping[str, Any], visuals: list[Visual], sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
-        """Projected tokens `[h·w, D]` of each image resized to an h×w grid of LLM tokens."""
+        """Projected tokens `[t·h·w, D]` of the overview of each image (each frame of a video),
+        resized to an h×w grid of LLM tokens."""
+
+
+def check_pixels(pixels: Any, name: str, dims: int, what: str) -> Tensor:
+    """`pixels` as a tensor of `dims` dimensions; raises `InputError` otherwise."""
+    if not isinstance(pixels, Tensor) or pixels.dim() != dims:
+        got = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise InputError(f"{name} is {got}, expected a tensor {what}: pass the processor's output")
+    return pixels
+
+
+def check_on_device(tower: nn.Module) -> None:
+    """Refuse to interpolate position embeddings that are offloaded."""
+    if any(weight.is_meta for weight in tower.parameters()):
+        raise UnsupportedModeError(
+            "the vision tower's weights are offloaded, expected them on a device: stock "
+            "interpolation of position embeddings reads them as they are"
+        )
+
+
+def resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Antialiased bicubic resize of normalized pixels `[n, C, H, W]`."""
+    small = F.interpolate(
+        pixels.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False
+    )
+    return small.to(pixels.dtype)
+
+
+def by_size(sizes: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """Which images are resized to each size."""
+    return {
+        size: [i for i, other in enumerate(sizes) if other == size] for size in dict.fromkeys(sizes)
+    }
+
+
+def as_list(value: Any) -> list[Any]:
+    """A tensor, a sequence or None as a list of Python numbers."""
+    if value is None:
+        return []
+    return value.tolist() if isinstance(value, torch.Tensor) else list(value)

@@ -1,4 +1,5 @@
-"""LLaVA-1.5: one image, one square grid of patches; CLIP (with [CLS]) or SigLIP tower."""
+"""The LLaVA lineage: LLaVA-1.5 (one square grid), LLaVA-NeXT and LLaVA-OneVision (a thumbnail and a
+canvas of crops, newline tokens), with a CLIP (with [CLS]) or SigLIP tower."""
 
 from __future__ import annotations
 
@@ -7,10 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vtc.adapters.base import Adapter, Encoder, Grid
-from vtc.errors import InputError, UnsupportedModeError, UnsupportedModelError
+from vtc.adapters.base import (
+    Adapter,
+    Encoder,
+    Visual,
+    as_list,
+    by_size,
+    check_on_device,
+    check_pixels,
+    resized,
+)
+from vtc.errors import InputError, UnsupportedModelError
 
 _TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
@@ -54,69 +63,262 @@ class LlavaAdapter(Adapter):
         config = self.model.config
         tower: Any = getattr(self.tower, "vision_model", self.tower)
         blocks = tower.encoder.layers
-        layers = config.vision_feature_layer
         # hidden_states has one entry more than there are blocks: the embeddings come first
-        entries = [
-            i % (len(blocks) + 1)
-            for i in (layers if isinstance(layers, list | tuple) else [layers])
-        ]
+        entries = [i % (len(blocks) + 1) for i in self._layers()]
         return Encoder(
+            blocks=tuple(blocks),
             attentions=tuple(block.self_attn for block in blocks),
             tap=max(entries) - 1,
             has_cls=_TOWERS_WITH_CLS[config.vision_config.model_type],
         )
 
-    @property
-    def image_token_id(self) -> int:
-        """`<image>`."""
-        return int(self.model.config.image_token_id)
-
-    def has_images(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether `pixel_values` is given."""
-        return inputs.get("pixel_values") is not None
+    def _layers(self) -> list[int]:
+        layers = self.model.config.vision_feature_layer
+        return list(layers) if isinstance(layers, list | tuple) else [layers]
 
     def _patch(self) -> int:
         return int(self.model.config.vision_config.patch_size)
 
-    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+    def visuals(self, inputs: Mapping[str, Any], runs: list[int]) -> list[Visual]:
         """All images of a call have one size."""
-        pixels, channels = inputs["pixel_values"], self.model.config.vision_config.num_channels
-        if not isinstance(pixels, Tensor) or pixels.dim() != 4 or pixels.shape[1] != channels:
-            got = tuple(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise InputError(
-                f"pixel_values is {got}, expected a tensor [images, {channels}, height, width]"
-            )
+        pixels = self._checked(inputs, "pixel_values", 4, "images")
         images, _, height, width = pixels.shape
-        return [(1, height // self._patch(), width // self._patch())] * images
+        return [Visual(((1, height // self._patch(), width // self._patch()),))] * images
 
-    def pixels(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+    def _checked(self, inputs: Mapping[str, Any], name: str, dims: int, what: str) -> Tensor:
+        channels = self.model.config.vision_config.num_channels
+        expected = f"[{what}, {channels}, height, width]"
+        pixels = check_pixels(inputs[name], name, dims, expected)
+        if pixels.shape[-3] != channels:
+            raise InputError(
+                f"{name} is {tuple(pixels.shape)}, expected a tensor {expected}: pass the "
+                "processor's output"
+            )
+        return pixels
+
+    def pixels(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
         """One `[3, H, W]` per image."""
         return list(inputs["pixel_values"])
 
+    def part(
+        self, inputs: Mapping[str, Any], visuals: list[Visual], chosen: list[int]
+    ) -> dict[str, Any]:
+        """Rows of the pixels."""
+        out: dict[str, Any] = {"pixel_values": inputs["pixel_values"][chosen]}
+        if inputs.get("image_sizes") is not None:
+            out["image_sizes"] = inputs["image_sizes"][chosen]
+        return out
+
     def encode_resized(
-        self, inputs: Mapping[str, Any], sizes: list[tuple[int, int]]
+        self, inputs: Mapping[str, Any], visuals: list[Visual], sizes: list[tuple[int, int]]
     ) -> list[Tensor]:
         """Antialiased bicubic resize of the normalized pixels, then the stock tower with
         interpolated positions."""
-        if any(weight.is_meta for weight in self.tower.parameters()):
-            raise UnsupportedModeError(
-                "the vision tower's weights are offloaded, expected them on a device: stock "
-                "interpolation of position embeddings reads them as they are"
-            )
+        check_on_device(self.tower)
+        frames = self._overviews(inputs, visuals)
         found: list[Tensor] = [torch.empty(0)] * len(sizes)
-        for h, w in dict.fromkeys(sizes):
-            members = [i for i, size in enumerate(sizes) if size == (h, w)]
-            pixels = inputs["pixel_values"][members]
-            small = F.interpolate(
-                pixels.float(),
-                size=(h * self._patch(), w * self._patch()),
-                mode="bicubic",
-                antialias=True,
-                align_corners=False,
-            ).to(pixels.dtype)
-            output = self.model.model.get_image_features(
-                pixel_values=small, interpolate_pos_encoding=True, return_dict=True
+        for (h, w), members in by_size(sizes).items():
+            pixels = torch.cat([frames[i] for i in members])
+            small = resized(pixels, h * self._patch(), w * self._patch())
+            parts = self._project(small).split([len(frames[i]) for i in members])
+            for i, tokens in zip(members, parts, strict=True):
+                found[i] = tokens.flatten(0, 1)
+        return found
+
+    def _overviews(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
+        """What shows the whole of each image (all frames of each video), `[rows, 3, H, W]`."""
+        return [pixels[None] for pixels in inputs["pixel_values"]]
+
+    def _project(self, pixels: Tensor) -> Tensor:
+        """`[n, 3, h·p, w·p]` -> projected tokens `[n, h·w, D]`, nothing packed."""
+        hidden = self.tower(
+            pixels, interpolate_pos_encoding=True, output_hidden_states=True
+        ).hidden_states
+        features = torch.cat([hidden[layer] for layer in self._layers()], -1)
+        if self.encoder().has_cls:
+            features = features[:, 1:]
+        return self.model.model.multi_modal_projector(features)  # type: ignore[no-any-return]
+
+
+class LlavaNextAdapter(LlavaAdapter):
+    """`LlavaNextForConditionalGeneration`: a thumbnail, then the crops joined into one canvas whose
+    padding is cut off, with a newline token behind each of its rows."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    supported: ClassVar[str] = "LlavaNextForConditionalGeneration (LLaVA-NeXT)"
+    tiled: ClassVar[bool] = True
+
+    def _side(self) -> int:
+        return int(self.model.config.vision_config.image_size) // self._patch()
+
+    def _rows(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Crops of each image, the thumbnail included."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config, sizes = self.model.config, inputs.get("image_sizes")
+        if sizes is None:
+            raise InputError(
+                "pixel_values came without image_sizes, expected both: pass the processor's output"
             )
-            for i, tokens in zip(members, output.pooler_output, strict=True):
-                found[i] = tokens
+        size = config.vision_config.image_size
+        return [image_size_to_num_patches(s, config.image_grid_pinpoints, size) for s in sizes]
+
+    def visuals(self, inputs: Mapping[str, Any], runs: list[int]) -> list[Visual]:
+        """Grids and newlines as the stock packing makes them."""
+        if isinstance(pixels := inputs.get("pixel_values"), Tensor) and pixels.dim() == 4:
+            self._checked(inputs, "pixel_values", 4, "crops")
+        else:
+            self._checked(inputs, "pixel_values", 5, "images, crops")
+        return [self._layout(inputs, i, rows) for i, rows in enumerate(self._rows(inputs))]
+
+    def _layout(self, inputs: Mapping[str, Any], which: int, rows: int) -> Visual:
+        side = self._side()
+        packed = self._packed(torch.zeros(rows, side * side, 1), inputs, which)[:, 0]
+        ends = packed.isnan().nonzero()[:, 0].tolist()
+        ends = [end - i for i, end in enumerate(ends)]  # newlines not counted
+        base = side * side
+        if rows == 1:
+            return Visual(((1, side, side),), ((0, base),))
+        width = ends[0] - base
+        canvas = (1, len(ends), width)
+        newlines = tuple((end - width, end) for end in ends)
+        return Visual(((1, side, side), canvas), newlines, rows, overview=0)
+
+    def _packed(self, features: Tensor, inputs: Mapping[str, Any], which: int) -> Tensor:
+        """Stock packing of `[R, U, C]` with NaN for newlines: `[N + newlines, C]`."""
+        newline = features.new_full((features.shape[-1],), float("nan"))
+        strategy = self.model.config.vision_feature_select_strategy
+        found, _ = self.model.model.pack_image_features(
+            [features],
+            inputs["image_sizes"][which : which + 1],
+            vision_feature_select_strategy=strategy,
+            image_newline=newline,
+        )
+        return found[0]  # type: ignore[no-any-return]
+
+    def pack(self, values: Tensor, inputs: Mapping[str, Any], which: int) -> Tensor:
+        """Through the stock packing, newlines left out."""
+        mark = torch.zeros_like(values[:1])  # what a newline is must not be read off a score
+        packed = self._packed(torch.cat([values, mark]).permute(1, 2, 0), inputs, which)
+        return packed[~packed[:, -1].isnan(), :-1].T
+
+    def pixels(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
+        """The crops `[R, 3, H, W]` of each image."""
+        pixels, rows = inputs["pixel_values"], self._rows(inputs)
+        if pixels.dim() == 4:
+            return list(pixels.split(rows))
+        return [crops[:n] for crops, n in zip(pixels, rows, strict=True)]
+
+    def _overviews(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
+        return [crops[:1] for crops in self.pixels(inputs, visuals)]
+
+    def part(
+        self, inputs: Mapping[str, Any], visuals: list[Visual], chosen: list[int]
+    ) -> dict[str, Any]:
+        """Crops of the chosen images, as one stack."""
+        crops = self.pixels(inputs, visuals)
+        return {
+            "pixel_values": torch.cat([crops[i] for i in chosen]),
+            "image_sizes": inputs["image_sizes"][chosen],
+        }
+
+
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """`LlavaOnevisionForConditionalGeneration`: as LLaVA-NeXT for an image alone in its row;
+    several images are a thumbnail each; frames of a video are pooled and end with one newline."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    supported: ClassVar[str] = "LlavaOnevisionForConditionalGeneration (LLaVA-OneVision)"
+    pixel_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_values_videos")
+    visual_inputs: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_sizes",
+        "pixel_values_videos",
+        "image_sizes_videos",
+        "batch_num_images",
+    )
+    feature_options: ClassVar[tuple[str, ...]] = (
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+        "vision_aspect_ratio",
+    )
+
+    @property
+    def video_token_id(self) -> int:
+        """`<video>`."""
+        return int(self.model.config.video_token_id)
+
+    def _rows(self, inputs: Mapping[str, Any]) -> list[int]:
+        alone = [n == 1 for n in as_list(inputs.get("batch_num_images")) for _ in range(n)]
+        crops = super()._rows(inputs)
+        return [
+            n if many else 1 for n, many in zip(crops, alone or [True] * len(crops), strict=True)
+        ]
+
+    def visuals(self, inputs: Mapping[str, Any], runs: list[int]) -> list[Visual]:
+        """Images, then videos."""
+        found = super().visuals(inputs, runs) if inputs.get("pixel_values") is not None else []
+        if inputs.get("pixel_values_videos") is None:
+            return found
+        videos = self._checked(inputs, "pixel_values_videos", 5, "videos, frames")
+        count, frames = videos.shape[:2]
+        half = -(-self._side() // 2)
+        tokens = frames * half * half
+        video = Visual(((frames, half, half),), ((0, tokens),), frames, video=True)
+        return found + [video] * count
+
+    def _images(self, inputs: Mapping[str, Any]) -> int:
+        return len(self._rows(inputs)) if inputs.get("pixel_values") is not None else 0
+
+    def _packed(self, features: Tensor, inputs: Mapping[str, Any], which: int) -> Tensor:
+        found, _ = self.model.model.pack_image_features(
+            [features],
+            inputs["image_sizes"][which : which + 1],
+            image_newline=features.new_full((features.shape[-1],), float("nan")),
+            vision_aspect_ratio=self.model.config.vision_aspect_ratio,
+        )
+        return found[0]  # type: ignore[no-any-return]
+
+    def pack(self, values: Tensor, inputs: Mapping[str, Any], which: int) -> Tensor:
+        """Images as in LLaVA-NeXT; frames through the stock pooling."""
+        if which < self._images(inputs):
+            return super().pack(values, inputs, which)
+        pooled = self.model.model.apply_pooling(values.permute(1, 2, 0))
+        return pooled.flatten(0, 1).T  # type: ignore[no-any-return]
+
+    def blends(self, inputs: Mapping[str, Any], which: int, visual: Visual) -> str | None:
+        """Frames are pooled; a canvas beyond the largest is made smaller."""
+        if visual.video:
+            return "its frames are pooled, one token from several patches"
+        if visual.rows == 1:
+            return None
+        side = self._side()
+        ramp = torch.arange(float(visual.rows * side * side)).view(1, visual.rows, -1)
+        if torch.equal(packed := self.pack(ramp, inputs, which), packed.round()):
+            return None
+        return "its canvas of crops is made smaller, one token from several patches"
+
+    def pixels(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
+        """Crops `[R, 3, H, W]` of each image, frames of each video."""
+        found = super().pixels(inputs, visuals) if self._images(inputs) else []
+        videos = inputs.get("pixel_values_videos")
+        return found if videos is None else found + list(videos)
+
+    def _overviews(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
+        found = self.pixels(inputs, visuals)
+        return [x if v.video else x[:1] for x, v in zip(found, visuals, strict=True)]
+
+    def part(
+        self, inputs: Mapping[str, Any], visuals: list[Visual], chosen: list[int]
+    ) -> dict[str, Any]:
+        """Crops of the chosen images as one stack, the chosen videos."""
+        images = self._images(inputs)
+        first = [i for i in chosen if i < images]
+        found: dict[str, Any] = super().part(inputs, visuals, first) if first else {}
+        if first and inputs.get("batch_num_images") is not None:
+            # images that were not alone in their row stay whole
+            alone = [visuals[i].rows > 1 for i in first]
+            found["batch_num_images"] = torch.tensor([1 if a else 2 for a in alone])
+        if videos := [i - images for i in chosen if i >= images]:
+            found["pixel_values_videos"] = inputs["pixel_values_videos"][videos]
         return found

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from vtc.adapters.base import Adapter
-from vtc.adapters.llava import LlavaAdapter
+from vtc.adapters.internvl import InternVLAdapter
+from vtc.adapters.llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
+from vtc.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen25VLAdapter
 from vtc.errors import UnsupportedModelError
 
-ADAPTERS: tuple[type[Adapter], ...] = (LlavaAdapter,)
+ADAPTERS: tuple[type[Adapter], ...] = (
+    LlavaAdapter,
+    LlavaNextAdapter,
+    LlavaOnevisionAdapter,
+    Qwen2VLAdapter,
+    Qwen25VLAdapter,
+    Qwen3VLAdapter,
+    InternVLAdapter,
+)
 
 
 def supported_models() -> list[str]:

@@ -109,12 +109,14 @@ class Tokens:
     Attributes:
         features: `[G, N, D]` tokens in the LLM's embedding space (D = 0 at the pixel site).
         valid: `bool[G, N]`, False on padding.
-        grid: `(t, h, w)` of the tokens of each group, in LLM tokens.
+        grid: `(t, h, w)` of the tokens of each group, in LLM tokens; a group of several parts (an
+            image of crops or tiles) counts as one row of all its tokens.
         parent: `int64[G, 2]`: the image (counted over the call) and the batch row of each group.
         text: `[B, M, D]` embeddings of the text after the last image of each row, or None.
         text_valid: `bool[B, M]`, or None.
         signals: what the method asked for, by `Signal.key`; `cls_row` is `[G, L, N]`, float32.
         seed: the seed given to `vtc.patch`, for methods that draw.
+        parts: the grids of the parts of each group, in order; None: each is its one grid.
         overview: the tokens (first, end) of each group that show the whole picture, such as the
             thumbnail beside its crops; all of them where there is no such part. None: as that.
     """
@@ -128,6 +130,7 @@ class Tokens:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     overview: tuple[tuple[int, int], ...] | None = None
+    parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
 
     def signal(self, key: str) -> Tensor:
         """The signal called `key`; raises `SignalError` saying which exist."""
@@ -203,7 +206,7 @@ class Budget:
         counts = [0] * len(sizes)
         for image in dict.fromkeys(images):
             members = [g for g, i in enumerate(images) if i == image]
-            shares = _largest_remainder([sizes[g] for g in members], self.count)
+            shares = largest_remainder([sizes[g] for g in members], self.count)
             for g, share in zip(members, shares, strict=True):
                 counts[g] = share
         return torch.tensor(counts, dtype=torch.int64)
@@ -213,7 +216,8 @@ class Budget:
         return self.keep is not None and all(self.count(i) == i for i in n)
 
 
-def _largest_remainder(sizes: list[int], count: Callable[[int], int]) -> list[int]:
+def largest_remainder(sizes: list[int], count: Callable[[int], int]) -> list[int]:
+    """`count(sum of sizes)` shared in proportion to sizes; ties go to the first."""
     total = sum(sizes)
     wanted = count(total)
     # in whole numbers, so that equal remainders are equal
@@ -237,11 +241,12 @@ class Selection:
         valid: `bool[G, K]`.
         lengths: number of original tokens of each group.
         parent: `int64[G, 2]`: image and batch row of each group.
-        grid: `(t, h, w)` of the original tokens of each group.
+        grid: `(t, h, w)` of the original tokens of each group, as in `Tokens`.
         scores: `float32[G, N]`, higher = keep, or None.
         positions: `int64[G, S]`: the original token whose position id a slot takes; −1: empty slot.
         merge: None, or the sparse triple `(slot, token, weight)`, each `[G, P]`: slots named there
             are weighted sums of tokens instead of copies; weight 0 is padding.
+        parts: the grids of the parts of each group, as in `Tokens`; None: each is its one grid.
     """
 
     keep: Tensor
@@ -252,6 +257,7 @@ class Selection:
     scores: Tensor | None = None
     positions: Tensor | None = None
     merge: tuple[Tensor, Tensor, Tensor] | None = None
+    parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.positions is None:
@@ -260,13 +266,37 @@ class Selection:
 
     @classmethod
     def everything(
-        cls, lengths: Iterable[int], parent: Tensor, grid: Iterable[tuple[int, int, int]]
+        cls,
+        lengths: Iterable[int],
+        parent: Tensor,
+        grid: Iterable[tuple[int, int, int]],
+        parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None,
     ) -> Selection:
         """The selection that keeps every token."""
         lengths = tuple(lengths)
         keep = torch.arange(max(lengths, default=0)).repeat(len(lengths), 1)
         valid = keep < torch.tensor(lengths, dtype=torch.int64)[:, None]
-        return cls(keep * valid, valid, lengths, parent.cpu(), tuple(grid))
+        return cls(keep * valid, valid, lengths, parent.cpu(), tuple(grid), parts=parts)
+
+    @classmethod
+    def of_mask(
+        cls,
+        mask: Tensor,
+        lengths: Iterable[int],
+        parent: Tensor,
+        grid: Iterable[tuple[int, int, int]],
+        parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None,
+        scores: Tensor | None = None,
+    ) -> Selection:
+        """The selection that keeps the tokens at `bool[G, N]`."""
+        counts = mask.sum(-1)
+        width = int(counts.max()) if len(mask) else 0
+        keep = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), mask.shape[1])
+        valid = torch.arange(width, device=mask.device) < counts[:, None]
+        keep = keep.sort(-1).values[:, :width].masked_fill(~valid, 0)
+        return cls(
+            keep, valid, tuple(lengths), parent.cpu(), tuple(grid), scores=scores, parts=parts
+        )
 
     @property
     def slot_positions(self) -> Tensor:
@@ -344,6 +374,7 @@ class Selection:
             named |= dict(zip(("slot", "token", "weight"), self.merge, strict=True))
         tensors = {name: part.cpu().contiguous() for name, part in named.items()}
         meta = {"lengths": json.dumps(self.lengths), "grid": json.dumps(self.grid)}
+        meta["parts"] = json.dumps(self.parts)
         save_file(tensors, str(path), metadata=meta)
 
     @classmethod
@@ -363,4 +394,13 @@ class Selection:
             scores=part.get("scores"),
             positions=part["positions"],
             merge=(part["slot"], part["token"], part["weight"]) if "slot" in part else None,
+            parts=_as_parts(json.loads(meta.get("parts", "null"))),
         )
+
+
+def _as_parts(
+    read: list[list[list[int]]] | None,
+) -> tuple[tuple[tuple[int, int, int], ...], ...] | None:
+    if read is None:
+        return None
+    return tuple(tuple((t, h, w) for t, h, w in grids) for grids in read)

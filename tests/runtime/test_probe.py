@@ -11,8 +11,11 @@ import vtc
 from vtc import ops
 from vtc.adapters.registry import adapter_of
 from vtc.errors import SignalError
-from vtc.runtime.probe import EncoderSignals
-from vtc.types import Signal
+from vtc.methods.vtc_cls import VtcCls
+from vtc.runtime.images import find_images
+from vtc.runtime.tower import Tower
+from vtc.scorers import ClsAttention
+from vtc.types import Budget, Signal
 
 
 def eager_rows(model: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -94,16 +97,18 @@ def test_tower_output_is_bit_identical_while_recording(
 ) -> None:
     model = make_llava()
     model.model.vision_tower.set_attn_implementation(implementation)
-    pixels = make_inputs([[1, None, None]])["pixel_values"]
-    signals = EncoderSignals(adapter_of(model).encoder(), (Signal("cls_row", range(6)),))
+    inputs = make_inputs([[1, None, None]])
+    pixels, adapter = inputs["pixel_values"], adapter_of(model)
+    tower = Tower(adapter, VtcCls(scorer=ClsAttention(Signal("cls_row", range(6)))))
+    images = find_images(adapter, inputs, inputs["input_ids"] == 90, None)
     with torch.no_grad():
         want = model.model.vision_tower(pixels, output_hidden_states=True)
-        with signals.recording():
+        with tower.recording(images, inputs, Budget(1)):
             got = model.model.vision_tower(pixels, output_hidden_states=True)
     assert all(
         torch.equal(a, b) for a, b in zip(got.hidden_states, want.hidden_states, strict=True)
     )
-    assert signals.read(36)["cls_row"].shape == (2, 6, 36)
+    assert tower.read()["cls_row"].shape == (2, 6, 36)
 
 
 def test_one_query_row_is_scored_and_only_in_the_blocks_needed(

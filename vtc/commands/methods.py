@@ -61,7 +61,7 @@ def _describe(method: Method, encoder: Any) -> dict[str, Any]:
 
 def _reads(method: Method, encoder: Any) -> str:
     """The encoder blocks that a method's signals resolve to, or why it cannot run."""
-    from vtc.runtime.probe import EncoderSignals
+    from vtc.runtime.signals import EncoderSignals
 
     try:
         EncoderSignals(encoder, method.needs)

@@ -17,7 +17,9 @@ class Downsample(Method):
 
     The stock tower sees the smaller image with interpolated position embeddings; its tokens sit at
     the centers of the original cells that they cover. The aspect is kept, so the number of tokens
-    is at most the budget. See VTC-Bench (arXiv 2510.07143) for why every report needs this row.
+    is at most the budget. Of an image of several crops, the thumbnail is what is resized; all
+    frames of a video stay, each smaller and none pooled. See VTC-Bench (arXiv 2510.07143) for why
+    every report needs this row.
     """
 
     name: ClassVar[str] = "downsample"
@@ -29,9 +31,9 @@ class Downsample(Method):
 
     def default_selector(self) -> Selector:
         """The coarser grid that the smaller image has."""
-        return GridPool()
+        return GridPool(overview=True)
 
     def size(self, grid: tuple[int, int, int], slots: int) -> tuple[int, int]:
-        """The token grid (h, w) that an image of `grid` is resized to when `slots` tokens were
-        chosen."""
-        return largest_grid(grid[1], grid[2], slots)
+        """The token grid (h, w) that each frame of an image of `grid` is resized to when `slots`
+        tokens were chosen."""
+        return largest_grid(grid[1], grid[2], slots // grid[0])

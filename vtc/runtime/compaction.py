@@ -27,6 +27,7 @@ class Compaction:
         columns: `int64[B, L]`: the original column an entry stands for (an appended slot: its
             image's last).
         origin: `int64[B, L]`: the original column whose position id an entry takes.
+        group: `int64[B, L]`: the image that an entry belongs to, −1 for text.
         first: `int64[B, 1]`: the first original column that is attended to.
         length: S.
         appended: A.
@@ -36,6 +37,7 @@ class Compaction:
     valid: Tensor
     columns: Tensor
     origin: Tensor
+    group: Tensor
     first: Tensor
     length: int
     appended: int
@@ -56,10 +58,13 @@ class Compaction:
         batch = len(self.origin)
         rows = torch.arange(batch, device=self.origin.device)[:, None]
         ids = position_ids.expand(*position_ids.shape[:-2], batch, -1)
-        if policy == "renumber":
-            short = ids[..., rows, self.first] + mask.long().cumsum(-1) - 1
-        else:
+        if policy != "renumber":
             short = ids[..., rows, self.origin]
+        elif ids.dim() == 2:
+            short = ids[rows, self.first] + mask.long().cumsum(-1) - 1
+        else:
+            start = ids[..., rows, self.first][..., 0].amax(0)
+            short = repacked(ids[..., rows, self.origin], self.group, mask, start)
         return short.masked_fill(mask == 0, 0)
 
     def restore(self, hidden: Tensor) -> Tensor:
@@ -75,6 +80,31 @@ class Compaction:
         last.scatter_reduce_(1, where, entry.masked_fill(~self.valid, -1), "amax")
         last = torch.maximum(last.cummax(-1).values, first)
         return ops.compact(hidden, last, torch.ones_like(last, dtype=torch.bool))
+
+
+def repacked(ids: Tensor, group: Tensor, mask: Tensor, start: Tensor) -> Tensor:
+    """M-RoPE ids `[P, B, L]` without gaps: text counts on, the tokens of an image keep their order
+    on each axis, and what follows it starts behind the furthest of them.
+
+    With four rows, the first counts all tokens.
+    """
+    device, axes = ids.device, slice(1 if len(ids) == 4 else 0, None)
+    ids, group, mask = ids.cpu(), group.cpu(), mask.cpu().bool()
+    out = torch.zeros_like(ids)
+    for b, following in enumerate(start.tolist()):
+        (entries,) = mask[b].nonzero(as_tuple=True)
+        if len(ids) == 4:
+            out[0, b, entries] = following + torch.arange(len(entries))
+        of, counts = group[b, entries].unique_consecutive(return_counts=True)
+        for g, run in zip(of.tolist(), entries.split(counts.tolist()), strict=True):
+            if g < 0:
+                out[axes, b, run] = following + torch.arange(len(run))
+            else:
+                for axis in range(*axes.indices(len(ids))):
+                    ranks = ids[axis, b, run].unique(return_inverse=True)[1]
+                    out[axis, b, run] = following + ranks
+            following = int(out[axes, b, run].max()) + 1
+    return out.to(device)
 
 
 def plan(
@@ -96,20 +126,26 @@ def plan(
     stays = torch.ones(batch, length + 1, dtype=torch.bool, device=device)
     stays[row, visual] = False
     stays[row, kept] = True
+    if len(placed.newlines):
+        stays[placed.newlines[:, 0], placed.newlines[:, 1]] = _rows_alive(placed, selection)
     stays = stays[:, :length] & (attention_mask.long().cumsum(-1) > 0)
+    group = torch.full((batch, length + 1), -1, device=device)
+    group[row, visual] = torch.arange(len(visual), device=device)[:, None].expand_as(visual)
 
     positions = _median_positions(selection) if policy == "median" else selection.slot_positions
     origin = torch.arange(length + 1, device=device).repeat(batch, 1)
     at = positions[:, : keep.shape[1]].clamp_min(0).to(device)
     origin[row, kept] = placed.columns.gather(1, at)
     extra = _appended(images, positions[:, keep.shape[1] :].cpu(), batch)
-    extra_column, extra_origin, extra_valid = (part.to(device) for part in extra)
+    extra_column, extra_origin, extra_group, extra_valid = (part.to(device) for part in extra)
     here = torch.arange(length, device=device).expand(batch, -1)
-    columns = torch.cat([here, extra_column], 1)
+    # where nothing is kept as it is, slots stand where they belong, before a newline of their row
+    columns = torch.cat([here, extra_column if keep.shape[1] else extra_origin], 1)
     origin = torch.cat([origin[:, :length], extra_origin], 1)
-    used = torch.cat([stays, extra_valid], 1)
+    group = torch.cat([group[:, :length], extra_group], 1)
+    used = torch.cat([stays, extra_valid.bool()], 1)
 
-    # appended slots sort behind their image's last column, before the next one
+    # appended slots sort behind their column, before the next one
     appended = extra_valid.shape[1]
     key = columns * (appended + 1)
     key[:, length:] += 1 + torch.arange(appended, device=device)
@@ -120,6 +156,7 @@ def plan(
         valid=used.gather(1, order),
         columns=columns.gather(1, order),
         origin=origin.gather(1, order),
+        group=group.gather(1, order),
         first=(attention_mask != 0).int().argmax(-1, keepdim=True),
         length=length,
         appended=appended,
@@ -134,17 +171,28 @@ def by_row(parts: list[Tensor], rows: Tensor, batch: int) -> Tensor:
     return pad_sequence([torch.cat(found) for found in of_row], batch_first=True)
 
 
-def _appended(images: Images, tokens: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def _appended(images: Images, tokens: Tensor, batch: int) -> tuple[Tensor, ...]:
     """Appended slots by row and in order, each `[B, A]`: their column, the column whose position
-    they take, and which exist. `tokens [G, A_g]` on the CPU names the token of each group whose
-    position a slot takes."""
+    they take, their image, and which exist. `tokens [G, A_g]` on the CPU names the token of each
+    group whose position a slot takes."""
     parts = []
-    for places, length, slots in zip(images.columns, images.lengths, tokens, strict=True):
-        slots = slots[slots >= 0]
-        last = places[length - 1].expand_as(slots)
-        parts.append(torch.stack([last, places[slots], torch.ones_like(slots)], -1))
-    column, origin, valid = by_row(parts, images.rows, batch).unbind(-1)
-    return column, origin, valid.bool()
+    for g, slots in enumerate(tokens):
+        slots, places = slots[slots >= 0], images.columns[g]
+        last = places[images.lengths[g] - 1].expand_as(slots)
+        image = torch.full_like(slots, g)
+        parts.append(torch.stack([last, places[slots], image, torch.ones_like(slots)], -1))
+    return by_row(parts, images.rows, batch).unbind(-1)
+
+
+def _rows_alive(placed: Images, selection: Selection) -> Tensor:
+    """Which newline tokens stay, `bool[M]`: those in whose row a token, or a slot, is left."""
+    device = placed.newlines.device
+    slots = selection.slot_positions.to(device)
+    there = torch.zeros(len(slots), placed.columns.shape[1] + 1, dtype=torch.long, device=device)
+    there.scatter_(1, slots.masked_fill(slots < 0, placed.columns.shape[1]), 1)
+    before = torch.nn.functional.pad(there[:, :-1].cumsum(-1), (1, 0))
+    _, _, group, first, end = placed.newlines.unbind(-1)
+    return before[group, end] > before[group, first]
 
 
 def _median_positions(selection: Selection) -> Tensor:

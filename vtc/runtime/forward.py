@@ -17,51 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vtc.errors import InputError, NeverCompressedError, PatchError, UnsupportedModeError
+from vtc.runtime.cache import CacheState, filled, remember, remembered
 from vtc.runtime.clock import Clock
 from vtc.runtime.images import Images
-from vtc.runtime.report import kv_bytes
-from vtc.runtime.session import Session, Short, gather_groups
+from vtc.runtime.session import Session, Short, full_of, gather_groups
 from vtc.types import Selection
-
-_STATE = "_vtc_compressed"
-
-
-@dataclass(frozen=True, eq=False)
-class CacheState:
-    """What a cache with a compressed prompt must remember.
-
-    Attributes:
-        prompt: length of the original prompt.
-        mask: `[B, L]` over the entries in the cache.
-        shift: `[(P,) B, 1]`, subtracted from the position ids that the stock model would use later.
-    """
-
-    prompt: int
-    mask: Tensor
-    shift: Tensor
-
-
-def remember(cache: Any, short: Short | None) -> None:
-    """Note on a cache that its prompt was compressed, or that it was not."""
-    if short is not None and cache is not None:
-        state = CacheState(short.compaction.length, short.attention_mask, short.shift)
-        setattr(cache, _STATE, state)
-    elif hasattr(cache, _STATE):
-        delattr(cache, _STATE)  # a static cache that is used again
-
-
-def remembered(cache: Any) -> CacheState | None:
-    """The state on a cache, if it holds a compressed prompt now."""
-    state = getattr(cache, _STATE, None)
-    if state is not None and int(cache.get_seq_length()) == 0:
-        delattr(cache, _STATE)  # a static cache that was reset for another prompt
-        return None
-    return state
-
-
-def filled(cache: Any) -> int:
-    """How many entries a cache holds; None holds none."""
-    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 @dataclass
@@ -137,7 +97,10 @@ class ForwardSeam:
             self._hooks = [
                 base.register_forward_pre_hook(self._before_base, with_kwargs=True),
                 base.register_forward_hook(self._after_base, always_call=True),
-                language_model.register_forward_pre_hook(self._before_language, with_kwargs=True),
+                # before the seam between its layers, which looks at the short sequence
+                language_model.register_forward_pre_hook(
+                    self._before_language, with_kwargs=True, prepend=True
+                ),
                 language_model.register_forward_hook(self._after_language),
             ]
 
@@ -149,7 +112,7 @@ class ForwardSeam:
     def expecting(self, images: Images, inputs: Mapping[str, Any], clock: Clock) -> Iterator[None]:
         """Within it a stock generate runs on these images; the tower may run before the base."""
         self._expected = (images, inputs, clock)
-        with self.session.signals.recording():
+        with self.session.recording(images, inputs):
             try:
                 yield
             finally:
@@ -167,7 +130,7 @@ class ForwardSeam:
             if self._expected is None and not filled(given.get("past_key_values")):
                 self.session.last = None
                 self.session.check_text(given)
-            return None
+            return self._positioned(given)
         if filled(given.get("past_key_values")):
             raise UnsupportedModeError(
                 "images came with a cache that is not empty, expected none on a patched model: "
@@ -181,8 +144,22 @@ class ForwardSeam:
         if self.session.method.site == "pixels":
             return self._before_encoder(pending, given)
         if self._expected is None:
-            self._recording.enter_context(self.session.signals.recording())
+            self._recording.enter_context(self.session.recording(images, inputs))
         return None
+
+    def _positioned(
+        self, given: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Position ids of a step without any, where the stock model would count by its cache."""
+        state = remembered(given.get("past_key_values"))
+        if state is None or state.shift.dim() == 2 or given.get("position_ids") is not None:
+            return None
+        new: Any = given.get("input_ids")
+        new = given["inputs_embeds"] if new is None else new
+        behind = filled(given["past_key_values"]) - state.mask.shape[1]
+        start = state.following + behind + torch.arange(new.shape[1], device=new.device)
+        # what comes next takes the shift off again
+        return (), {**given, "position_ids": start + state.shift}
 
     def _arrived(
         self, given: Mapping[str, Any], encoded: bool
@@ -213,6 +190,9 @@ class ForwardSeam:
             embeds = session.embedded(given["input_ids"])
         dropped = {*session.adapter.visual_inputs, "mm_encoder_outputs", "input_ids"}
         kept = {name: value for name, value in given.items() if name not in dropped}
+        if given.get("position_ids") is None:
+            # without pixels the stock model can no longer tell where they were
+            kept["position_ids"] = session.adapter.position_ids(given)
         return (), {**kept, "inputs_embeds": embeds}
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -242,7 +222,7 @@ class ForwardSeam:
         state = remembered(kwargs.get("past_key_values"))
         return None if state is None else (args, _later_step(state, kwargs))
 
-    def _compressed(self, pending: _Pending, kwargs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    def _compressed(self, pending: _Pending, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The short inputs, or None where the method kept everything."""
         pending.clock.mark("encoded")
         embeds = kwargs["inputs_embeds"]
@@ -263,11 +243,12 @@ class ForwardSeam:
             groups = gather_groups(pending.images, embeds)
             selection = self.session.decide(pending.images, groups, pending.inputs)
         self.session.note(pending.images, selection, pending.clock)
-        if selection.is_identity:
+        if selection.is_identity and not self.session.cuts_layers:
             return None
         short = self.session.shorten(
-            pending.images, selection, embeds, mask, positions, pending.small
+            pending.images, selection, full_of(kwargs), mask, positions, pending.small
         )
+        self.session.expect_layers(pending.images, short)
         pending.short = short
         pending.clock.mark("selected")
         # the mask stays even if all ones: without it, gaps in position ids read as packed sequences
@@ -275,6 +256,7 @@ class ForwardSeam:
             "inputs_embeds": short.inputs_embeds,
             "attention_mask": short.attention_mask,
             "position_ids": short.position_ids,
+            **short.deepstack(),
         }
 
     def _after_language(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -282,10 +264,9 @@ class ForwardSeam:
         if pending is None:
             return output
         cache = getattr(output, "past_key_values", None)
-        if self.session.last is not None:
-            self.session.last.kv_bytes = kv_bytes(cache)
+        self.session.note_cache(cache)
         short = pending.short
-        remember(cache, short)
+        remember(cache, None if short is None else _state(short))
         if short is None:
             return output
         hidden = short.compaction.restore(output[0])
@@ -295,6 +276,10 @@ class ForwardSeam:
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(map(short.compaction.restore, output.hidden_states))
         return output
+
+
+def _state(short: Short) -> CacheState:
+    return CacheState(short.compaction.length, short.attention_mask, short.shift, short.following)
 
 
 def _holds_features(encoded: Any) -> bool:

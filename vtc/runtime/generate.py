@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError
+from vtc.runtime.cache import CacheState, filled, remember, remembered
 from vtc.runtime.clock import Clock
-from vtc.runtime.forward import ForwardSeam, filled, remember, remembered
+from vtc.runtime.forward import ForwardSeam
 from vtc.runtime.images import Images
-from vtc.runtime.report import kv_bytes
-from vtc.runtime.session import Session, Short, gather_groups
+from vtc.runtime.session import Session, full_of, gather_groups
+from vtc.runtime.turns import Turn, next_turn
 
 
 class GenerateSeam:
@@ -45,51 +46,88 @@ class GenerateSeam:
         """Same arguments and result as the stock `generate`."""
         kwargs = _by_keyword(self.stock, args, kwargs)
         with self._lock:
-            self.session.last = None
-            config = _Config(self.session.adapter.model, kwargs)
-            has_images = self.session.adapter.has_images(kwargs)
+            session = self.session
+            session.last = None
+            config = _Config(session.adapter.model, kwargs)
+            has_images = session.adapter.has_images(kwargs)
             _refuse(kwargs, config, has_images)
+            cache = kwargs.get("past_key_values")
+            state = remembered(cache)
+            if state is not None or (has_images and filled(cache)):
+                return self._later_turn(state, kwargs, config)
             if not has_images:
-                if not filled(kwargs.get("past_key_values")):
-                    self.session.check_text(kwargs)
+                if not filled(cache):
+                    session.check_text(kwargs)
                 with self.forward.suspended():
                     return self._run(kwargs)
-            clock = self.session.clock(kwargs)
-            images = self.session.images(kwargs)
-            if self.session.keeps_all(images):
-                self.session.note(images, None, clock)
+            clock = session.clock(kwargs)
+            images = session.images(kwargs)
+            if session.keeps_all(images):
+                session.note(images, None, clock)
                 with self.forward.suspended():
                     return self._run(kwargs)
             if config.assisted:
                 return self._assisted(images, kwargs, clock)
+            mask = _attention_mask(kwargs, config)
             with self.forward.suspended():
-                return self._short(images, kwargs, clock, config)
+                turn = Turn(kwargs, mask, self._positions(kwargs, mask), mask)
+                return self._short(images, turn, kwargs, clock, config)
 
-    def _short(self, images: Images, kwargs: dict[str, Any], clock: Clock, config: _Config) -> Any:
-        session, model = self.session, self.session.adapter.model
-        mask = _attention_mask(kwargs, config)
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = model._prepare_position_ids_for_generation(
-                kwargs["input_ids"], {**kwargs, "attention_mask": mask}
+    def _positions(self, kwargs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        """Position ids of all tokens, as the stock generate numbers them."""
+        given: Tensor | None = kwargs.get("position_ids")
+        if given is not None:
+            return given
+        return self.session.adapter.model._prepare_position_ids_for_generation(  # type: ignore[no-any-return]
+            kwargs["input_ids"], {**kwargs, "attention_mask": mask}
+        )
+
+    def _later_turn(self, state: CacheState | None, kwargs: dict[str, Any], config: _Config) -> Any:
+        """Behind a cache: what it holds is not run again, and its images are not encoded again."""
+        session = self.session
+        if config.assisted:
+            raise UnsupportedModeError(
+                "assisted decoding was asked for behind a cache with a compressed prompt, expected "
+                "plain decoding: pass the whole conversation without past_key_values"
             )
-        small = None
-        if session.method.site == "pixels":
-            selection = session.decide_before(images, kwargs)
+        clock = session.clock(kwargs)
+        turn = next_turn(session, state, kwargs, _attention_mask(kwargs, config))
+        with self.forward.suspended():
+            if turn.images is not None:
+                return self._short(turn.images, turn, kwargs, clock, config)
+            with _processors_see(session.adapter.model, kwargs["input_ids"], turn.whole_mask):
+                given = _shortened(session, kwargs, turn.continued(None, session), config)
+                return self._run(given, turn.state(None), used=False)
+
+    def _short(
+        self,
+        images: Images,
+        turn: Turn,
+        kwargs: dict[str, Any],
+        clock: Clock,
+        config: _Config,
+    ) -> Any:
+        session, inputs = self.session, turn.inputs
+        small, pixels = None, session.method.site == "pixels"
+        if pixels:
+            selection = session.decide_before(images, inputs)
         else:
-            embeds = session.capture(kwargs, clock)["inputs_embeds"]
-            selection = session.decide(images, gather_groups(images, embeds), kwargs)
+            full = full_of(session.capture(images, inputs, clock))
+            selection = session.decide(images, gather_groups(images, full.embeds), inputs)
         session.note(images, selection, clock)
-        if selection.is_identity:
+        if selection.is_identity and not session.cuts_layers and turn.past is None:
             return self._run(kwargs)
-        if session.method.site == "pixels":
-            embeds = session.embedded(kwargs["input_ids"])
-            small = session.encode_small(images, selection, kwargs)
+        if pixels:
+            full = session.embedded_only(inputs["input_ids"])
+            small = session.encode_small(images, selection, inputs)
             clock.mark("encoded")
-        short = session.shorten(images, selection, embeds, mask, positions, small)
+        short = session.shorten(images, selection, full, turn.mask, turn.position_ids, small)
         clock.mark("selected")
-        with _processors_see(model, kwargs["input_ids"], mask):
-            return self._run(_shortened(session, kwargs, short, config), short)
+        model = session.adapter.model
+        with _processors_see(model, kwargs["input_ids"], turn.whole_mask), session.deepstack(short):
+            session.expect_layers(images, short)
+            given = _shortened(session, kwargs, turn.continued(short, session), config)
+            return self._run(given, turn.state(short), used=False)
 
     def _assisted(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
         """Through the forward seam: stock assisted decoding cannot start from embeddings."""
@@ -102,30 +140,44 @@ class GenerateSeam:
             )
         return out
 
-    def _run(self, kwargs: dict[str, Any], short: Short | None = None, forget: bool = True) -> Any:
+    def _run(
+        self,
+        kwargs: dict[str, Any],
+        state: CacheState | None = None,
+        forget: bool = True,
+        used: bool = True,
+    ) -> Any:
         """The stock generate; notes the moment of the first logits and the size of the cache.
+
+        Args:
+            kwargs: its arguments.
+            state: what the cache is to remember of its prompt.
+            forget: whether it is to forget what it remembers, where there is no state.
+            used: False where the first forward is to take short embeddings.
 
         Raises:
             NeverCompressedError: short embeddings were made and not used.
         """
-        used = short is None
 
         def after_prefill(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
             nonlocal used
             hook.remove()
             used |= given.get("inputs_embeds") is not None
             cache = getattr(output, "past_key_values", None)
-            if short is not None or forget:
-                remember(cache, short)
+            if state is not None or forget:
+                remember(cache, state)
             if self.session.last is not None:
                 self.session.last.clock.mark("first")
-                self.session.last.kv_bytes = kv_bytes(cache)
+                self.session.note_cache(cache)
 
         hook = self.session.adapter.model.register_forward_hook(after_prefill, with_kwargs=True)
+        if self.session.cuts_layers:
+            kwargs = {"disable_compile": True, **kwargs}
         try:
             out = self.stock(**kwargs)
         finally:
             hook.remove()
+            self.session.clear_layers()
         if not used:
             raise NeverCompressedError(
                 "generate() did not run the model on the compressed prompt, expected its first "
@@ -184,12 +236,6 @@ def _by_keyword(
 
 def _refuse(kwargs: Mapping[str, Any], config: _Config, has_images: bool) -> None:
     """Raise for what would not be right on a patched model."""
-    cache = kwargs.get("past_key_values")
-    if remembered(cache):
-        raise UnsupportedModeError(
-            "generate() got a cache that holds a compressed prompt, expected a fresh one: "
-            "start each turn from the full conversation without past_key_values"
-        )
     if kwargs.get("mm_encoder_outputs") is not None:
         raise UnsupportedModeError(
             "generate() got mm_encoder_outputs, expected pixels on a patched model: features "
@@ -201,11 +247,6 @@ def _refuse(kwargs: Mapping[str, Any], config: _Config, has_images: bool) -> Non
         raise UnsupportedModeError(
             "generate() got inputs_embeds beside pixel_values, expected input_ids alone on a "
             "patched model: pass the processor's input_ids"
-        )
-    if filled(cache):
-        raise UnsupportedModeError(
-            "generate() got images and a cache that is not empty, expected none on a patched "
-            "model: pass the whole conversation without past_key_values"
         )
     if config["prefill_chunk_size"] is not None:
         raise UnsupportedModeError(
@@ -238,16 +279,12 @@ def _attention_mask(kwargs: Mapping[str, Any], config: _Config) -> Tensor:
 
 
 def _shortened(
-    session: Session, kwargs: dict[str, Any], short: Short, config: _Config
+    session: Session, kwargs: dict[str, Any], given: dict[str, Tensor], config: _Config
 ) -> dict[str, Any]:
     """Arguments for the stock generate; lengths stay counted from the full prompt."""
     dropped = session.adapter.visual_inputs
     out = {k: v for k, v in kwargs.items() if k not in dropped}
-    out |= {
-        "inputs_embeds": short.inputs_embeds,
-        "attention_mask": short.attention_mask,
-        "position_ids": short.position_ids,
-    }
+    out |= given
     # the stock generate would subtract the short length from max_length and min_length
     length = kwargs["input_ids"].shape[1]
     for whole, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

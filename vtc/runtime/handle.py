@@ -64,6 +64,7 @@ class Handle:
         own.update(self._overrides)
         own[_HANDLE] = self
         self._forward.attach()
+        session.layers.attach()
 
     def _generate(self) -> Callable[..., Any]:
         stock = self._model.generate
@@ -101,6 +102,7 @@ class Handle:
         if _handle_of(self._model) is not self:
             return
         self._forward.detach()
+        self._session.layers.detach()
         own = vars(self._model)
         del own[_HANDLE]
         for name, function in self._overrides.items():
@@ -131,7 +133,10 @@ class Handle:
     @property
     def selections(self) -> list[Selection]:
         """One `Selection` per site of the last call, in order; empty if it had no images."""
-        return [self._session.last.selection] if self._session.last else []
+        if (call := self._session.last) is None:
+            return []
+        first = [call.selection] if self.method.site != "llm_layer" or not call.later else []
+        return first + [call.later[layer] for layer in sorted(call.later)]
 
     def report(self) -> Report:
         """What the last call kept and cost.
@@ -145,7 +150,7 @@ class Handle:
         """The picture with what the last call kept of it; `group` counts the images of the call."""
         from vtc import viz
 
-        return viz.overlay(image, self._last().selection, group=group)
+        return viz.overlay(image, self.selections[-1], group=group)
 
 
 def patch(

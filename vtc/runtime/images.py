@@ -4,82 +4,138 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.adapters.base import Adapter, Grid
+from vtc.adapters.base import Adapter, Grid, Visual
 from vtc.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """The images of one call. Tensors are on the CPU: they are known before the encoder runs.
+    """The images, then the videos of one call. Tensors are on the CPU: they are known before the
+    encoder runs.
 
     Attributes:
-        grids: `(t, h, w)` of each image.
+        visuals: each of them.
         rows: `int64[G]`, the batch row of each.
         columns: `int64[G, N]`, where its tokens stand in that row, 0 on padding.
         valid: `bool[G, N]`.
+        newlines: `int64[M, 5]`: batch row and column of each newline token, its image, and the
+            range of tokens (first, end) that it ends.
     """
 
-    grids: tuple[Grid, ...]
+    visuals: tuple[Visual, ...]
     rows: Tensor
     columns: Tensor
     valid: Tensor
+    newlines: Tensor
     _moved: dict[torch.device, Images] = field(default_factory=dict, init=False, repr=False)
 
     @property
+    def grids(self) -> tuple[Grid, ...]:
+        """`(t, h, w)` of each; one of several parts counts as a row of all its tokens."""
+        return tuple(v.grids[0] if len(v.grids) == 1 else (1, 1, v.tokens) for v in self.visuals)
+
+    @property
+    def parts(self) -> tuple[tuple[Grid, ...], ...]:
+        """The grids of the parts of each."""
+        return tuple(v.grids for v in self.visuals)
+
+    @property
+    def overviews(self) -> tuple[tuple[int, int], ...]:
+        """The token range of each that shows the whole picture."""
+        found = []
+        for v in self.visuals:
+            sizes = [t * h * w for t, h, w in v.grids]
+            start = sum(sizes[: v.overview or 0])
+            whole = v.tokens if v.overview is None else sizes[v.overview]
+            found.append((start, start + whole))
+        return tuple(found)
+
+    @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each image."""
-        return tuple(t * h * w for t, h, w in self.grids)
+        """Tokens of each."""
+        return tuple(v.tokens for v in self.visuals)
 
     @property
     def parent(self) -> Tensor:
         """`int64[G, 2]`: image and batch row of each group."""
-        return torch.stack([torch.arange(len(self.grids)), self.rows], -1)
+        return torch.stack([torch.arange(len(self.visuals)), self.rows], -1)
 
     def to(self, device: torch.device) -> Images:
         """The same on a device, copied there once."""
         if device not in self._moved:
-            rows, columns, valid = (t.to(device) for t in (self.rows, self.columns, self.valid))
-            self._moved[device] = replace(self, rows=rows, columns=columns, valid=valid)
+            names = ("rows", "columns", "valid", "newlines")
+            moved = {name: getattr(self, name).to(device) for name in names}
+            self._moved[device] = replace(self, **moved)
         return self._moved[device]
 
 
-def find_images(adapter: Adapter, inputs: Mapping[str, Any], placeholders: Tensor) -> Images:
-    """The images among keyword inputs of the model, whose tokens stand at `bool[B, S]`.
+def find_images(
+    adapter: Adapter, inputs: Mapping[str, Any], image: Tensor, video: Tensor | None
+) -> Images:
+    """The images and videos among keyword inputs of the model, whose tokens stand at `bool[B, S]`.
 
     Raises:
         InputError: placeholders and pixels do not match.
     """
-    grids = adapter.grids(inputs)
-    if not grids:
+    # one copy to the CPU, before the encoder is under way
+    image = image.cpu()
+    visuals = adapter.visuals(inputs, _runs(image))
+    if not visuals:
         raise InputError(
             "pixel_values hold no image, expected at least one: leave pixel_values out of a call "
             "without images"
         )
-    lengths = [t * h * w for t, h, w in grids]
-    # one copy to the CPU, before the encoder is under way
-    places = placeholders.cpu().nonzero()  # [T, 2], row-major
+    pictures = [v for v in visuals if not v.video]
+    clips = [v for v in visuals if v.video]
+    parts = _places(image, pictures, "image")
+    if video is not None:
+        parts += _places(video.cpu(), clips, "video")
+    tokens, newlines = [], []
+    for g, (v, part) in enumerate(zip(visuals, parts, strict=True)):
+        behind = [end + i for i, (_, end) in enumerate(v.newlines)]
+        newlines += [
+            [*part[at].tolist(), g, *span] for at, span in zip(behind, v.newlines, strict=True)
+        ]
+        stays = torch.ones(len(part), dtype=torch.bool)
+        stays[behind] = False
+        tokens.append(part[stays])
+    columns = pad_sequence([part[:, 1] for part in tokens], batch_first=True)
+    lengths = torch.tensor([v.tokens for v in visuals])
+    return Images(
+        visuals=tuple(visuals),
+        rows=torch.stack([part[0, 0] for part in tokens]),
+        columns=columns,
+        valid=torch.arange(columns.shape[1]) < lengths[:, None],
+        newlines=torch.tensor(newlines, dtype=torch.int64).view(-1, 5),
+    )
+
+
+def _runs(places: Tensor) -> list[int]:
+    """Lengths of the stretches of True, row by row."""
+    return [len(list(group)) for row in places.tolist() for there, group in groupby(row) if there]
+
+
+def _places(placeholders: Tensor, visuals: list[Visual], what: str) -> list[Tensor]:
+    """(row, column) of every token of each image or video, newlines too."""
+    lengths = [v.tokens + len(v.newlines) for v in visuals]
+    places = placeholders.nonzero()  # [T, 2], row-major
     if len(places) != sum(lengths):
         raise InputError(
-            f"input_ids hold {len(places)} image placeholders, expected {sum(lengths)} for "
-            f"{len(grids)} images of {sorted(set(lengths))} tokens: give one <image> per image and "
-            f"let the processor expand it"
+            f"input_ids hold {len(places)} {what} placeholders, expected {sum(lengths)} for "
+            f"{len(visuals)} {what}s of {sorted(set(lengths))} tokens: give one <{what}> per "
+            f"{what} and let the processor expand it"
         )
     parts = places.split(lengths)
     if any((part[:, 0] != part[0, 0]).any() for part in parts):
         raise InputError(
-            "an image's placeholders are spread over two rows, expected each image in one row: "
-            "order the images as their placeholders stand in the batch"
+            f"an {what}'s placeholders are spread over two rows, expected each {what} in one row: "
+            f"order the {what}s as their placeholders stand in the batch"
         )
-    columns = pad_sequence([part[:, 1] for part in parts], batch_first=True)
-    return Images(
-        grids=tuple(grids),
-        rows=torch.stack([part[0, 0] for part in parts]),
-        columns=columns,
-        valid=torch.arange(columns.shape[1]) < torch.tensor(lengths)[:, None],
-    )
+    return list(parts)

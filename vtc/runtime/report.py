@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from vtc.runtime.session import Call, Session
+if TYPE_CHECKING:
+    from vtc.runtime.session import Call, Session
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,17 @@ class Report:
         positions: the policy in force.
         visual_tokens: per image, tokens out of the encoder that the stock model would use.
         llm_tokens: per image, tokens that reached the LLM.
+        kept_tokens: per image, tokens left after the last cut that left any (cuts between decoder
+            layers come after the LLM's entrance).
         layer_mean_tokens: tokens per image, averaged over images and decoder layers.
-        kept_fraction: mean over images of llm_tokens / visual_tokens.
+        kept_fraction: mean over images of kept_tokens / visual_tokens.
         kept_fractions: the same per image.
+        stand_in: what was read in the place of a [CLS] that the encoder does not have.
+        block_patches: patches through each encoder block, over all images; empty where none are
+            cut there.
+        layer_tokens: visual tokens, over all images, in each decoder layer; empty where none are
+            cut there.
+        kv_lengths: entries of each decoder layer's cache after the prefill.
         encoder_ms: vision tower, projector and probes.
         selector_ms: scores, choice and compaction.
         ttft_ms: from the call to the first token's logits; of a direct forward, to its last hidden
@@ -42,6 +52,7 @@ class Report:
     positions: str
     visual_tokens: tuple[int, ...]
     llm_tokens: tuple[int, ...]
+    kept_tokens: tuple[int, ...]
     layer_mean_tokens: float
     kept_fraction: float
     kept_fractions: tuple[float, ...]
@@ -51,6 +62,10 @@ class Report:
     tpot_ms: float | None
     new_tokens: int | None
     kv_bytes: int | None
+    kv_lengths: tuple[int, ...]
+    block_patches: tuple[int, ...]
+    layer_tokens: tuple[int, ...]
+    stand_in: str | None
     peak_memory_bytes: int | None
     kernels: str
 
@@ -71,6 +86,10 @@ def _text(name: str, value: Any) -> str:
         return "-"
     if name.endswith("_bytes"):
         return f"{value / 2**20:.1f} MiB"
+    if value == ():
+        return "-"
+    if name in ("kv_lengths", "block_patches", "layer_tokens"):
+        return " ".join(f"{n}×{len(list(same))}" for n, same in groupby(value))
     if isinstance(value, tuple):
         distinct = sorted(set(value))
         shown = [
@@ -83,7 +102,8 @@ def _text(name: str, value: Any) -> str:
 def report_of(session: Session, call: Call, positions: str, kernels: str) -> Report:
     """The report of one call."""
     visual, reached = call.images.lengths, tuple(call.selection.slots.tolist())
-    fractions = tuple(k / n for k, n in zip(reached, visual, strict=True))
+    kept, layers = _through_layers(session, call, reached)
+    fractions = tuple(k / n for k, n in zip(kept, visual, strict=True))
     clock = call.clock
     decode, later = clock.ms("first", "end"), (call.new_tokens or 0) - 1
     return Report(
@@ -92,7 +112,8 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
         positions=positions,
         visual_tokens=visual,
         llm_tokens=reached,
-        layer_mean_tokens=sum(reached) / len(reached),
+        kept_tokens=kept,
+        layer_mean_tokens=sum(layers) / len(layers) / len(reached),
         kept_fraction=sum(fractions) / len(fractions),
         kept_fractions=fractions,
         encoder_ms=clock.ms("start", "encoded"),
@@ -101,9 +122,26 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
         tpot_ms=decode / later if decode is not None and later > 0 else None,
         new_tokens=call.new_tokens,
         kv_bytes=call.kv_bytes,
+        kv_lengths=call.kv_lengths,
+        block_patches=call.block_patches,
+        layer_tokens=tuple(layers) if call.later else (),
+        stand_in=session.tower.signals.stand_in,
         peak_memory_bytes=_peak_memory(clock.device),
         kernels=kernels,
     )
+
+
+def _through_layers(
+    session: Session, call: Call, reached: tuple[int, ...]
+) -> tuple[tuple[int, ...], list[int]]:
+    """Per image, tokens after the last cut that left any; per decoder layer, tokens of all."""
+    kept, there, layers = reached, reached, []
+    for layer in range(session.tower.facts.llm_depth):
+        layers.append(sum(there))
+        if (later := call.later.get(layer)) is not None:
+            there = tuple(later.slots.tolist())
+            kept = tuple(now or before for now, before in zip(there, kept, strict=True))
+    return kept, layers
 
 
 def kv_bytes(cache: Any) -> int | None:
@@ -115,6 +153,12 @@ def kv_bytes(cache: Any) -> int | None:
     ]
     found = [part.nbytes for part in parts if isinstance(part, Tensor)]
     return sum(found) if found else None
+
+
+def kv_lengths(cache: Any) -> tuple[int, ...]:
+    """Entries in each layer of a cache."""
+    layers = getattr(cache, "layers", [])
+    return tuple(int(cache.get_seq_length(i)) for i in range(len(layers)))
 
 
 def _peak_memory(device: torch.device) -> int | None:

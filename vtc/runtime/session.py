@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapters.base import Adapter
-from vtc.errors import InputError, UnsupportedModeError, VtcError
+from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method
 from vtc.runtime.clock import Clock
 from vtc.runtime.compaction import Compaction, Policy, by_row, plan
 from vtc.runtime.images import Images, find_images
-from vtc.runtime.probe import EncoderSignals
+from vtc.runtime.layer_stage import Placed
+from vtc.runtime.layers import LayerSeam
+from vtc.runtime.report import kv_bytes, kv_lengths
+from vtc.runtime.tower import Tower
+from vtc.scorers import RandomScores
 from vtc.types import Budget, Selection, Tokens
 
 
 @dataclass
 class Call:
-    """What is remembered of a call that had images."""
+    """What is remembered of a call that had images.
+
+    Attributes:
+        later: what cuts between decoder layers left, by layer.
+        block_patches: patches through each block of the encoder; empty where none were cut.
+        kv_lengths: entries of each decoder layer's cache after the prefill.
+        slots: which original token each visual token is that reached the language model.
+    """
 
     images: Images
     selection: Selection
@@ -31,17 +45,65 @@ class Call:
     keep: float | int | None
     new_tokens: int | None = None
     kv_bytes: int | None = None
+    kv_lengths: tuple[int, ...] = ()
+    later: dict[int, Selection] = field(default_factory=dict)
+    block_patches: tuple[int, ...] = ()
+    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+
+@dataclass(frozen=True, eq=False)
+class Full:
+    """What the stock base model would feed its language model, before compression.
+
+    Attributes:
+        embeds: `[B, S, D]`.
+        deep: `[B, S, layers · D]`, what is added behind the first decoder layers, or None.
+    """
+
+    embeds: Tensor
+    deep: Tensor | None = None
+
+    @property
+    def stacked(self) -> Tensor:
+        """Both side by side: what belongs to a token is cut and merged together."""
+        return self.embeds if self.deep is None else torch.cat([self.embeds, self.deep], -1)
 
 
 @dataclass(frozen=True, eq=False)
 class Short:
-    """The language model's inputs after compression; `shift` is how far positions moved down."""
+    """The language model's inputs after compression.
+
+    Attributes:
+        inputs_embeds: `[B, L, D]`.
+        attention_mask: `[B, L]`.
+        position_ids: `[(P,) B, L]`.
+        shift: `[(P,) B, 1]`, how far positions moved down.
+        following: `[B, 1]`, the position id that comes next.
+        deep: `[B, L, layers · D]` or None.
+        visual: `bool[B, L]`.
+        compaction: how it was made.
+    """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     shift: Tensor
+    following: Tensor
+    deep: Tensor | None
+    visual: Tensor
     compaction: Compaction
+
+    def deepstack(self, repeats: int = 1) -> dict[str, Any]:
+        """The keyword inputs of a language model with DeepStack; each row repeated for beams."""
+        if self.deep is None:
+            return {}
+        visual = self.visual.repeat_interleave(repeats, 0)
+        deep = self.deep.repeat_interleave(repeats, 0)[visual]
+        width = self.inputs_embeds.shape[-1]
+        return {
+            "visual_pos_masks": visual,
+            "deepstack_visual_embeds": list(deep.split(width, -1)),
+        }
 
 
 class _Captured(Exception):
@@ -71,7 +133,11 @@ class Session:
         self.budget = budget
         self.policy: Policy = policy
         self.seed = seed
-        self.signals = EncoderSignals(adapter.encoder(), method.needs)
+        self.tower = Tower(adapter, method)
+        self.layers = LayerSeam(
+            adapter, method, method.llm_layers(self.tower.facts), lambda: self.budget
+        )
+        self.cuts_layers = bool(method.llm_layers(self.tower.facts))
         self.last: Call | None = None
 
     def clock(self, inputs: Mapping[str, Any]) -> Clock:
@@ -93,15 +159,19 @@ class Session:
                     f"{name}={given!r} was given in a call, expected {expected!r} as in "
                     "model.config: set it there before vtc.patch"
                 )
-        return find_images(self.adapter, inputs, self._placeholders(inputs))
+        image = self.placeholders(inputs, self.adapter.image_token_id)
+        video = self.adapter.video_token_id
+        return find_images(
+            self.adapter, inputs, image, None if video is None else self.placeholders(inputs, video)
+        )
 
-    def _placeholders(self, inputs: Mapping[str, Any]) -> Tensor:
+    def placeholders(self, inputs: Mapping[str, Any], token_id: int) -> Tensor:
         """Where visual tokens go: `bool[B, S]`; in embeddings they are found as stock does."""
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if isinstance(ids, Tensor) and ids.dim() == 2:
-            return ids == self.adapter.image_token_id
+            return ids == token_id
         if ids is None and isinstance(embeds, Tensor) and embeds.dim() == 3:
-            token = torch.tensor(self.adapter.image_token_id, device=embeds.device)
+            token = torch.tensor(token_id, device=embeds.device)
             return (embeds == self.embedded(token)).all(-1)
         got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
         raise InputError(
@@ -113,11 +183,12 @@ class Session:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or inputs.get("inputs_embeds") is not None:
             return
-        if count := int((ids == self.adapter.image_token_id).sum()):
-            raise InputError(
-                f"input_ids hold {count} image placeholders and no pixel_values came with them, "
-                "expected both or neither: pass the processor's whole output"
-            )
+        for token in (self.adapter.image_token_id, self.adapter.video_token_id):
+            if token is not None and (count := int((ids == token).sum())):
+                raise InputError(
+                    f"input_ids hold {count} image placeholders and no pixel_values came with "
+                    "them, expected both or neither: pass the processor's whole output"
+                )
 
     def embedded(self, ids: Tensor) -> Tensor:
         """The text embeddings of ids."""
@@ -126,20 +197,86 @@ class Session:
     def note(self, images: Images, selection: Selection | None, clock: Clock) -> None:
         """Remember a decision as the last call's; None: everything was kept, nothing decided."""
         if selection is None:
-            selection = Selection.everything(images.lengths, images.parent, images.grids)
+            selection = self._everything(images)
         self.last = Call(images, selection, clock, self.budget.keep)
+        if self.tower.cuts is not None and not selection.is_identity:
+            self.last.block_patches = tuple(self.tower.cuts.lengths)
+
+    def _everything(self, images: Images) -> Selection:
+        return Selection.everything(images.lengths, images.parent, images.grids, images.parts)
+
+    def note_cache(self, cache: Any) -> None:
+        """The prefill is over: what cuts between layers left, and how long the cache is."""
+        if (call := self.last) is None:
+            return
+        call.kv_bytes, call.kv_lengths = kv_bytes(cache), kv_lengths(cache)
+        lengths, images = call.images.lengths, call.images
+        for decision in self.layers.decisions if self.cuts_layers else []:
+            kept = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
+            group, slot = decision.keep.cpu().nonzero(as_tuple=True)
+            kept[group, call.slots[group, slot]] = True
+            call.later[decision.layer] = Selection.of_mask(
+                kept, lengths, images.parent, images.grids, images.parts
+            )
+
+    def expect_layers(self, images: Images, short: Short) -> None:
+        """Tell the seam between decoder layers where visual tokens stand in the next prefill."""
+        if not self.cuts_layers or self.last is None:
+            return
+        placed = placed_of(images, short)
+        self.last.slots = placed.index.cpu()
+        self.layers.expect(placed, short.attention_mask)
+
+    @contextmanager
+    def deepstack(self, short: Short) -> Iterator[None]:
+        """Within it, the language model's first run on embeddings of this length gets its
+        DeepStack features, which generate does not hand on."""
+        if short.deep is None:
+            yield
+            return
+
+        def add(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hook.remove()
+            repeats = len(kwargs["inputs_embeds"]) // len(short.visual)
+            return args, {**kwargs, **short.deepstack(repeats)}
+
+        hook = self.adapter.language_model.register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def embedded_only(self, ids: Tensor) -> Full:
+        """Text embeddings of ids, placeholders included."""
+        return Full(self.embedded(ids))
+
+    def clear_layers(self) -> None:
+        """Forget a prefill that never came."""
+        self.layers.clear()
 
     def keeps_all(self, images: Images) -> bool:
         """Whether the budget leaves every image whole, so that nothing has to run."""
         return self.budget.keeps_all(images.lengths)
 
+    @contextmanager
+    def recording(self, images: Images, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Within it, the encoder's runs over these images are read and cut."""
+        with self.tower.recording(images, inputs, self.budget):
+            yield
+
     def decide(self, images: Images, features: Tensor, inputs: Mapping[str, Any]) -> Selection:
         """Run the method on padded groups of tokens `[G, N, D]`."""
+        if self.method.site == "encoder":
+            return self._survivors(images)
+        if self.method.site == "llm_layer":
+            return self._everything(images)
         # the encoder of a model spread over devices may be elsewhere
-        read = self.signals.read(features.shape[1])
-        signals = {key: signal.to(features.device) for key, signal in read.items()}
-        if any(s.name == "image_key" for s in self.method.needs):
-            pixels = self.adapter.pixels(inputs)
+        signals = {key: x.to(features.device) for key, x in self.tower.read().items()}
+        drawn = self.tower.signals.draws
+        if drawn or any(s.name == "image_key" for s in self.method.needs):
+            pixels = self.adapter.pixels(inputs, list(images.visuals))
             signals["image_key"] = torch.tensor([_key(p) for p in pixels])
         tokens = Tokens(
             features=features,
@@ -148,7 +285,11 @@ class Session:
             parent=images.parent,
             signals=signals,
             seed=self.seed,
+            parts=images.parts,
+            overview=images.overviews,
         )
+        for signal in drawn:
+            signals[signal.key] = RandomScores()(tokens)[:, None]
         with torch.no_grad():
             selection = self.method.select(tokens, self.budget)
         if not isinstance(selection, Selection) or selection.lengths != images.lengths:
@@ -159,16 +300,27 @@ class Session:
             )
         return selection
 
+    def _survivors(self, images: Images) -> Selection:
+        """The decision of cuts inside the encoder, once it has run."""
+        mask = self.tower.survivors(images)
+        if mask is None:
+            raise NeverCompressedError(
+                "images were given, but the encoder was not run on them in this call; pass "
+                "pixel_values, not features computed before"
+            )
+        return Selection.of_mask(mask, images.lengths, images.parent, images.grids, images.parts)
+
     def decide_before(self, images: Images, inputs: Mapping[str, Any]) -> Selection:
         """Run a method that acts on pixels: there are no tokens yet."""
-        nothing = self.adapter.pixels(inputs)[0].new_zeros(*images.columns.shape, 0)
+        pixels = self.adapter.pixels(inputs, list(images.visuals))
+        nothing = torch.zeros(*images.columns.shape, 0, device=pixels[0].device)
         return self.decide(images, nothing, inputs)
 
     def shorten(
         self,
         images: Images,
         selection: Selection,
-        embeds: Tensor,
+        full: Full,
         attention_mask: Tensor,
         position_ids: Tensor,
         small: list[Tensor] | None = None,
@@ -177,19 +329,16 @@ class Session:
 
         `small` holds each image's tokens when they are not in `embeds` (the pixel site).
         """
-        window = getattr(self.adapter.language_model.config, "sliding_window", None)
-        if window is not None and embeds.shape[1] > window:
-            raise UnsupportedModeError(
-                f"a prompt of {embeds.shape[1]} tokens meets a language model whose attention "
-                f"slides over {window}, expected at most as many: its window counts the tokens "
-                "that are left, so that dropping some would move it"
-            )
+        embeds = full.stacked
+        width = full.embeds.shape[-1]
+        self._check_window(embeds.shape[1])
         # with a model spread over devices, ids may be elsewhere than what the encoder made of them
         mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
         compaction = plan(images, selection, mask, self.policy)
         appended = None
         if small is not None:
             appended = by_row(small, images.rows, len(embeds))
+            embeds = F.pad(embeds, (0, appended.shape[-1] - embeds.shape[-1]))
         elif selection.merge is not None:
             slots = selection.apply(gather_groups(images, embeds))  # [G, S, D]
             kept = selection.keep.shape[1]
@@ -197,15 +346,28 @@ class Session:
             parts = [s[where] for s, where in zip(slots[:, kept:], filled, strict=True)]
             appended = by_row(parts, images.rows, len(embeds))
             embeds = _replace_kept(images, selection, embeds, slots)
+        short = compaction.gather(embeds, appended)
         short_mask = compaction.mask(mask)
         short_ids = compaction.positions(ids, short_mask, self.policy)
         return Short(
-            inputs_embeds=compaction.gather(embeds, appended),
+            inputs_embeds=short[..., :width].contiguous(),
             attention_mask=short_mask,
             position_ids=short_ids,
             shift=_last(ids, mask) - _last(short_ids, short_mask),
+            following=following(short_ids, short_mask),
+            deep=short[..., width:] if short.shape[-1] > width else None,
+            visual=compaction.valid & (compaction.group >= 0),
             compaction=compaction,
         )
+
+    def _check_window(self, length: int) -> None:
+        window = getattr(self.adapter.language_model.config, "sliding_window", None)
+        if window is not None and length > window:
+            raise UnsupportedModeError(
+                f"a prompt of {length} tokens meets a language model whose attention "
+                f"slides over {window}, expected at most as many: its window counts the tokens "
+                "that are left, so that dropping some would move it"
+            )
 
     def encode_small(
         self, images: Images, selection: Selection, inputs: Mapping[str, Any]
@@ -213,10 +375,11 @@ class Session:
         """Each image's tokens when the method resizes the image itself."""
         resize: Any = self.method
         slots = selection.slots.tolist()
-        sizes = [resize.size(grid, n) for grid, n in zip(images.grids, slots, strict=True)]
-        return self.adapter.encode_resized(inputs, sizes)
+        grids = [v.grids[v.overview or 0] for v in images.visuals]
+        sizes = [resize.size(grid, n) for grid, n in zip(grids, slots, strict=True)]
+        return self.adapter.encode_resized(inputs, list(images.visuals), sizes)
 
-    def capture(self, inputs: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
+    def capture(self, images: Images, inputs: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
         """What the stock base model would feed its language model, which is not run."""
         names = inspect.signature(self.adapter.base.forward).parameters
         given = {k: v for k, v in inputs.items() if k in names and v is not None}
@@ -228,7 +391,7 @@ class Session:
             stop, with_kwargs=True, prepend=True
         )
         try:
-            with self.signals.recording():
+            with self.recording(images, inputs):
                 self.adapter.base(**given)
         except _Captured as captured:
             clock.mark("encoded")
@@ -236,6 +399,51 @@ class Session:
         finally:
             hook.remove()
         raise InputError("the model never called its language model; expected a stock forward")
+
+
+def placed_of(images: Images, short: Short) -> Placed:
+    """Where the visual tokens stand in a short sequence, for cuts between decoder layers."""
+    compaction, device = short.compaction, short.inputs_embeds.device
+    group = compaction.group.masked_fill(~compaction.valid, -1)
+    row, column = (group >= 0).nonzero(as_tuple=True)
+    of, origin = group[row, column], compaction.origin[row, column]
+    counts = of.bincount(minlength=len(images.visuals)).tolist()
+    order = of.argsort(stable=True)
+    # the original token is found by the column whose position an entry takes
+    placed = images.to(device)
+    token = (placed.columns[of] == origin[:, None]).logical_and(placed.valid[of]).int().argmax(-1)
+    columns = pad_sequence(list(column[order].split(counts)), batch_first=True)
+    index = pad_sequence(list(token[order].split(counts)), batch_first=True)
+    lengths = torch.tensor(counts, device=device)
+    newlines = []
+    for line in placed.newlines:
+        at = (
+            (compaction.columns[line[0]] == line[1])
+            & compaction.valid[line[0]]
+            & (group[line[0]] < 0)
+        )
+        if bool(at.any()):
+            newlines.append(torch.cat([line[:1], at.int().argmax()[None], line[2:]]))
+    return Placed(
+        columns=columns,
+        valid=torch.arange(columns.shape[1], device=device) < lengths[:, None],
+        index=index,
+        parent=images.parent.to(device),
+        tokens=images.lengths,
+        visual=short.visual,
+        newlines=torch.stack(newlines) if newlines else placed.newlines[:0],
+    )
+
+
+def full_of(kwargs: Mapping[str, Any]) -> Full:
+    """The embeddings among a language model's inputs, with what DeepStack adds later."""
+    embeds, layers = kwargs["inputs_embeds"], kwargs.get("deepstack_visual_embeds")
+    if not layers:
+        return Full(embeds)
+    where = kwargs["visual_pos_masks"].to(embeds.device)
+    deep = embeds.new_zeros(*embeds.shape[:2], len(layers) * embeds.shape[-1])
+    deep[where] = torch.cat([layer.to(embeds) for layer in layers], -1)
+    return Full(embeds, deep)
 
 
 def gather_groups(images: Images, embeds: Tensor) -> Tensor:
@@ -255,6 +463,15 @@ def _replace_kept(images: Images, selection: Selection, embeds: Tensor, slots: T
     columns = placed.columns.gather(1, keep)[valid]
     rows = placed.rows[:, None].expand_as(keep)[valid]
     return embeds.index_put((rows, columns), slots[:, : keep.shape[1]][valid])
+
+
+def following(position_ids: Tensor, mask: Tensor) -> Tensor:
+    """What the next position id of each row would be, `[B, 1]`: behind the highest on any axis."""
+    last = _last(position_ids, mask)
+    if position_ids.dim() == 3:
+        # of four axes, the first counts tokens and turns nothing
+        last = last[1 if len(last) == 4 else 0 :].amax(0)
+    return last.expand(len(mask), 1) + 1
 
 
 def _last(position_ids: Tensor, mask: Tensor) -> Tensor:

@@ -64,4 +64,5 @@ def selection_of(
         parent=tokens.parent.cpu(),
         grid=tokens.grid,
         scores=scores,
+        parts=tokens.parts,
     )

@@ -4,6 +4,7 @@ sits."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vtc.errors import InputError
 from vtc.selectors.base import Count, Selector
-from vtc.types import Selection, Tokens
+from vtc.types import Selection, Tokens, largest_remainder
 
 
 def largest_grid(h: int, w: int, budget: int) -> tuple[int, int]:
@@ -38,41 +40,47 @@ def _averages(n: int, m: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def pooled_cells(h: int, w: int, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Adaptive average pooling of an h×w grid to `size`, as sparse triples.
+def pooled_cells(
+    grid: tuple[int, int, int], size: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adaptive average pooling of a t×h×w grid to `size`, as sparse triples.
 
     Returns:
         `slot [P]`, `token [P]`, `weight [P]` (each slot's weights sum to 1) and `center [S]`, the
         original cell that holds the middle of each slot.
     """
-    weights = torch.kron(_averages(h, size[0]), _averages(w, size[1]))  # [S, h·w]
+    weights = torch.ones(1, 1)
+    center = torch.zeros(1, dtype=torch.int64)
+    for n, m in zip(grid, size, strict=True):
+        weights = torch.kron(weights, _averages(n, m))  # [S, t·h·w]
+        middle = (2 * torch.arange(m) + 1) * n // (2 * m)
+        center = (center[:, None] * n + middle).flatten()
     slot, token = weights.nonzero(as_tuple=True)
-    y = (2 * torch.arange(size[0]) + 1) * h // (2 * size[0])
-    x = (2 * torch.arange(size[1]) + 1) * w // (2 * size[1])
-    return slot, token, weights[slot, token], (y[:, None] * w + x).flatten()
+    return slot, token, weights[slot, token], center
 
 
 @dataclass(frozen=True)
 class GridPool(Selector):
-    """Replaces all tokens of a group by the cells of the largest coarser grid within the count."""
+    """Replaces all tokens of a group by the cells of the largest coarser grid within the count.
+
+    The frames of a video share the count equally; where there are more frames than that, they are
+    averaged too. The parts of an image of several crops share it by largest remainder.
+
+    Args:
+        overview: the part that shows the whole picture stands for an image of several parts, and
+            every frame stays.
+    """
 
     name: ClassVar[str] = "grid_pool"
     uses_scores: ClassVar[bool] = False
     count: ClassVar[Count] = "at_most"
+    overview: bool = False
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
-        """Pool; the realized number of slots is at most the count. Frames share the count
-        equally."""
+        """Pool; the realized number of slots is at most the count."""
         device = tokens.valid.device
-        slots, members, weights, centers = [], [], [], []
-        for (t, h, w), count in zip(tokens.grid, counts.tolist(), strict=True):
-            size = largest_grid(h, w, max(1, count // t))
-            slot, token, weight, center = pooled_cells(h, w, size)
-            frame = torch.arange(t)[:, None]
-            slots.append((slot + frame * size[0] * size[1]).flatten())
-            members.append((token + frame * h * w).flatten())
-            weights.append(weight.repeat(t))
-            centers.append((center + frame * h * w).flatten())
+        found = [self._pooled(tokens, g, count) for g, count in enumerate(counts.tolist())]
+        slots, members, weights, centers = zip(*found, strict=True)
         none = torch.zeros(len(counts), 0, dtype=torch.int64, device=device)
         return Selection(
             keep=none,
@@ -86,8 +94,37 @@ class GridPool(Selector):
                 _pad(members, 0).to(device),
                 _pad(weights, 0).to(device),
             ),
+            parts=tokens.parts,
         )
 
+    def _pooled(self, tokens: Tokens, group: int, count: int) -> tuple[Tensor, ...]:
+        """Slots, members, weights and centers of one group."""
+        parts = (tokens.grid[group],) if tokens.parts is None else tokens.parts[group]
+        sizes = [t * h * w for t, h, w in parts]
+        first = [sum(sizes[:i]) for i in range(len(sizes))]
+        shares = largest_remainder(sizes, lambda n: min(count, n))
+        if self.overview and len(parts) > 1 and tokens.overview is not None:
+            start = tokens.overview[group][0]
+            shares = [
+                min(count, n) if at == start else 0 for at, n in zip(first, sizes, strict=True)
+            ]
+        found: list[tuple[Tensor, ...]] = []
+        slots = 0
+        for (t, h, w), at, share in zip(parts, first, shares, strict=True):
+            if not share:
+                continue
+            if self.overview and t > share:
+                raise InputError(
+                    f"grid_pool got a video of {t} frames and {share} tokens to keep of it, "
+                    f"expected at least one for each frame: pass keep>={t}"
+                )
+            frames = t if self.overview else min(t, share)
+            size = (frames, *largest_grid(h, w, max(1, share // frames)))
+            slot, token, weight, center = pooled_cells((t, h, w), size)
+            found.append((slot + slots, token + at, weight, center + at))
+            slots += len(center)
+        return tuple(torch.cat(kind) for kind in zip(*found, strict=True))
 
-def _pad(parts: list[Tensor], value: int) -> Tensor:
-    return pad_sequence(parts, batch_first=True, padding_value=value)
+
+def _pad(parts: Sequence[Tensor], value: int) -> Tensor:
+    return pad_sequence(list(parts), batch_first=True, padding_value=value)

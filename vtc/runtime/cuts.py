@@ -1,0 +1,186 @@
+"""Cuts inside the vision encoder: fewer patches from block to block, whole grids before and behind.
+
+Every survivor keeps its place: behind the last block the rows are filled up with zeros again, so
+that the stock merger, pixel shuffle and packing find them in their own cells. What the zeros become
+is dropped before the LLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.adapters.base import Adapter, Encoder
+from vtc.errors import UnsupportedModeError, VtcError
+from vtc.methods.base import Method
+from vtc.runtime.layouts import PackedLayout, RowLayout
+from vtc.runtime.probe import probed
+from vtc.runtime.rows import Run
+from vtc.sites import BlockView
+from vtc.types import Budget
+
+
+class EncoderCuts:
+    """Runs a method's cuts between the blocks of the tower.
+
+    Args:
+        adapter: describes the model.
+        encoder: its tower.
+        method: decides.
+        blocks: the blocks after which it does.
+
+    Attributes:
+        lengths: for each block, the patches that went through it in the last call, over all rows;
+            a [CLS] is not counted.
+        survivors: for each image, `bool[N]` over its LLM tokens.
+    """
+
+    def __init__(
+        self, adapter: Adapter, encoder: Encoder, method: Method, blocks: tuple[int, ...]
+    ) -> None:
+        self.adapter, self.encoder, self.method = adapter, encoder, method
+        self.blocks = frozenset(blocks)
+        self.lengths: list[int] = []
+        self.survivors: dict[int, Tensor] = {}
+        self._runs: list[Run] = []
+        self._budget = Budget(None)
+        self._layout: RowLayout | PackedLayout | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        self._carry: dict[str, Tensor] = {}
+
+    def attach(self, stack: ExitStack, runs: list[Run], budget: Budget) -> None:
+        """Put hooks and probes on the tower until `stack` closes."""
+        self._refuse(runs)
+        self.lengths = [0] * self.encoder.depth
+        self.survivors.clear()
+        self._runs, self._budget = list(runs), budget
+        for b, (block, attention) in enumerate(
+            zip(self.encoder.blocks, self.encoder.attentions, strict=True)
+        ):
+            hook = block.register_forward_pre_hook(partial(self._before, b), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.enter_context(probed(attention, partial(self._see, b), self._mask))
+        tower = self.adapter.tower
+        hooks = [tower.register_forward_hook(self._behind)]
+        hooks += [j.register_forward_pre_hook(self._at_joint) for j in self.encoder.joints]
+        for hook in hooks:
+            stack.callback(hook.remove)
+
+    def _refuse(self, runs: list[Run]) -> None:
+        if self.adapter.tower.training and torch.is_grad_enabled() and _checkpoints(self.adapter):
+            raise UnsupportedModeError(
+                f"method {self.method.name!r} cuts inside the encoder while it trains with "
+                "gradient checkpointing, expected one or the other: the cut would be decided anew "
+                "in the backward pass; call model.gradient_checkpointing_disable()"
+            )
+        for run in runs:
+            for i, visual in zip(run.members, run.visuals, strict=True):
+                if why := self.adapter.blends(run.inputs, i, visual):
+                    kind = "video" if visual.video else "image"
+                    raise UnsupportedModeError(
+                        f"method {self.method.name!r} cuts patches inside the encoder and got a "
+                        f"{kind} of which {why}, expected patches that become tokens of their own: "
+                        "use a method that acts before the LLM, or a smaller image"
+                    )
+
+    def _before(
+        self, block: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Cut by what the block before said; the first block starts a run."""
+        named = dict(kwargs)
+        hidden = args[0] if args else named.pop("hidden_states")
+        if block == 0:
+            kind = PackedLayout if self.encoder.packed else RowLayout
+            run = self._runs.pop(0)
+            self._layout, self._carry = kind(self.encoder, run, hidden), {}
+            hidden = self._layout.ordered(hidden)
+        elif self._layout is not None and block - 1 in self.blocks:
+            hidden = self._decided(self._layout, block - 1, hidden)
+        self._seen.clear()
+        if (layout := self._layout) is None:
+            return args, kwargs
+        layout.entering(block)
+        self.lengths[block] += layout.patches
+        return (hidden, *args[1:]), layout.arguments(named)
+
+    def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        if block in self.blocks:
+            self._seen.append((query, key, value, scale))
+
+    def _mask(self, query: Tensor) -> Tensor | None:
+        return self._layout.mask(query.dtype) if self._layout is not None else None
+
+    def _decided(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> Tensor:
+        run = layout.run
+        query, key, value = (layout.assembled([s[i] for s in self._seen]) for i in range(3))
+        view = BlockView(
+            block=block,
+            tap=self.encoder.tap,
+            valid=layout.reaching,
+            index=layout.index,
+            units=layout.units,
+            image=run.image - run.members[0],
+            tokens=tuple(v.tokens for v in run.visuals),
+            rows=tuple(v.rows for v in run.visuals),
+            has_cls=self.encoder.has_cls,
+            query=query,
+            key=key,
+            value=value,
+            scale=self._seen[0][3],
+            carry=self._carry,
+            video=tuple(v.video for v in run.visuals),
+        )
+        with torch.no_grad():
+            cut = self.method.encoder_cut(view, self._budget)
+        self._carry = dict(cut.carry)
+        if cut.keep is None:
+            return hidden
+        keep = self._checked(cut.keep, view.valid)
+        if torch.equal(keep, layout.valid):
+            return hidden
+        hidden, order = layout.cut(hidden, keep)
+        self._carry = {name: x.gather(1, order) for name, x in self._carry.items()}
+        return hidden
+
+    def _checked(self, keep: Tensor, valid: Tensor) -> Tensor:
+        if keep.shape != valid.shape or keep.dtype != torch.bool:
+            raise VtcError(
+                f"method {self.method.name!r} cut by {keep.dtype}{tuple(keep.shape)}, expected "
+                f"bool{tuple(valid.shape)}: return one for each unit of the view"
+            )
+        keep = keep & valid
+        if bool((valid.any(1) & ~keep.any(1)).any()):
+            raise VtcError(
+                f"method {self.method.name!r} left a row without patches, expected at least one of "
+                "each"
+            )
+        return keep
+
+    def _at_joint(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not isinstance(self._layout, PackedLayout):
+            return args
+        return (self._layout.restored(args[0]), *args[1:])
+
+    def _behind(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The run is over: fill up what is read of it, and note who survived."""
+        layout, self._layout = self._layout, None
+        self._seen.clear()
+        if layout is None:
+            return output
+        alive = layout.alive(self.encoder.tap)
+        run = layout.run
+        for i, where in zip(run.members, layout.token_units, strict=True):
+            self.survivors[i] = alive.flatten()[where]
+        if isinstance(layout, RowLayout):
+            layout.restore_outputs(output)
+        return output
+
+
+def _checkpoints(adapter: Adapter) -> bool:
+    modules: Callable[[], Any] = adapter.tower.modules
+    return any(getattr(m, "gradient_checkpointing", False) for m in modules())

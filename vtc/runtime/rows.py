@@ -1,0 +1,122 @@
+"""One run of the vision tower: whose rows they are, and how their units become LLM tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vtc.adapters.base import Adapter, Encoder, Visual
+
+
+class Run:
+    """The images, or the videos, that one run of the tower encodes.
+
+    Rows are crops, tiles or frames `[R, c + P, width]`; in a packed tower a row is an image or a
+    video, and all of them stand in one sequence.
+
+    Args:
+        adapter: describes the model.
+        encoder: its tower.
+        visuals: all images and videos of the call.
+        members: which of them this run encodes.
+        inputs: the call's keyword inputs.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        encoder: Encoder,
+        visuals: tuple[Visual, ...],
+        members: list[int],
+        inputs: Mapping[str, Any],
+    ) -> None:
+        self.adapter, self.encoder, self.inputs = adapter, encoder, inputs
+        self.members = members
+        self.visuals = [visuals[i] for i in members]
+        self.patches_per_unit = adapter.patches_per_token
+
+    @cached_property
+    def image(self) -> Tensor:
+        """`int64[R]`: the image of each row, counted over the call."""
+        return torch.tensor(
+            [i for i, v in zip(self.members, self.visuals, strict=True) for _ in range(v.rows)]
+        )
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """In a packed tower: which unit stands where; None: in order."""
+        m = self.adapter.patches_per_token
+        side = round(m**0.5)
+        grids = [[t, h * side, w * side] for v in self.visuals for t, h, w in v.grids]
+        return self.adapter.unit_order(torch.tensor(grids))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Packed: units of each row."""
+        return torch.tensor([v.tokens for v in self.visuals])
+
+    @property
+    def patches_valid(self) -> Tensor | None:
+        """`bool[R, P]` in a packed tower; None: rows are all of one length."""
+        if not self.encoder.packed:
+            return None
+        patches = self.lengths * self.patches_per_unit
+        valid = torch.arange(int(patches.max())) < patches[:, None]
+        return valid.to(self._device)
+
+    _device: torch.device = torch.device("cpu")
+
+    def assembled(self, chunks: list[Tensor]) -> Tensor:
+        """What attention calls of one block saw, `[R, H, c + P, d]`, in the order of the rows."""
+        self._device = chunks[0].device
+        if not self.encoder.packed:
+            return chunks[0]
+        whole = torch.cat(chunks, 2)[0].transpose(0, 1)  # [T, H, d]
+        if self.order is not None:
+            units = whole.unflatten(0, (-1, self.patches_per_unit))
+            whole = units[self.order.to(whole.device).argsort()].flatten(0, 1)
+        parts = whole.split((self.lengths * self.patches_per_unit).tolist())
+        return pad_sequence(list(parts), batch_first=True).transpose(1, 2)
+
+    def by_unit(self, values: Tensor) -> Tensor:
+        """Numbers of patches `[R, P]` as means over units `[R, U]`."""
+        m = self.patches_per_unit
+        if m == 1:
+            return values
+        if (units := self.units(values.shape[1])) is not None:
+            return values[:, units.to(values.device)].mean(-1)
+        return values.unflatten(1, (-1, m)).mean(-1)
+
+    def units(self, patches: int) -> Tensor | None:
+        """Which patches of a row make up each unit; None: they stand together."""
+        return None if self.encoder.packed else self.adapter.units(patches)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Numbers of units `[C, R, U]` by image, `[C, rows, U]`; packed rows lose their padding."""
+        if self.encoder.packed:
+            lengths = self.lengths.tolist()
+            return [values[:, r : r + 1, :n] for r, n in enumerate(lengths)]
+        return list(values.split([v.rows for v in self.visuals], 1))
+
+    def to_tokens(self, values: Tensor) -> list[Tensor]:
+        """Numbers of units `[C, R, U]` as those of LLM tokens, `[C, N]` for each image."""
+        return [
+            self.adapter.pack(part, self.inputs, i)
+            for i, part in zip(self.members, self.split(values), strict=True)
+        ]
+
+
+def runs_of(
+    adapter: Adapter, encoder: Encoder, visuals: tuple[Visual, ...], inputs: Mapping[str, Any]
+) -> list[Run]:
+    """The runs of the tower in a call: over the images, then over the videos."""
+    found = []
+    for video in (False, True):
+        if members := [i for i, v in enumerate(visuals) if v.video == video]:
+            found.append(Run(adapter, encoder, visuals, members, inputs))
+    return found

@@ -1,0 +1,107 @@
+"""The vision tower of a patched model while it runs: what is read off it and what is cut in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vtc.adapters.base import Adapter
+from vtc.errors import SignalError
+from vtc.methods.base import Method
+from vtc.runtime.cuts import EncoderCuts
+from vtc.runtime.images import Images
+from vtc.runtime.probe import probed
+from vtc.runtime.rows import Run, runs_of
+from vtc.runtime.signals import EncoderSignals
+from vtc.sites import Facts
+from vtc.types import Budget
+
+
+def facts_of(adapter: Adapter) -> Facts:
+    """What a method may know about a model."""
+    encoder = adapter.encoder()
+    return Facts(
+        encoder_depth=encoder.depth,
+        tap=encoder.tap,
+        has_cls=encoder.has_cls,
+        patches_per_token=adapter.patches_per_token,
+        tiled=adapter.tiled,
+        llm_depth=len(adapter.language_model.layers),  # type: ignore[arg-type]
+    )
+
+
+class Tower:
+    """Signals and cuts of one patched model's encoder.
+
+    Args:
+        adapter: describes the model.
+        method: says what it needs and where it cuts.
+
+    Attributes:
+        facts: what the method may know.
+        signals: rows for methods that decide before the LLM.
+        cuts: None for methods that do not cut inside the encoder.
+
+    Raises:
+        SignalError: the method cannot work on this encoder.
+    """
+
+    def __init__(self, adapter: Adapter, method: Method) -> None:
+        self.adapter, self.encoder = adapter, adapter.encoder()
+        self.facts = facts_of(adapter)
+        method.check_facts(self.facts)
+        self.signals = EncoderSignals(self.encoder, method.needs)
+        blocks = method.encoder_blocks(self.facts)
+        if method.site == "encoder" and not blocks:
+            raise SignalError(
+                f"method {method.name!r} cuts inside the encoder and finds no block for it, "
+                f"expected more than the {self.facts.tap + 1} blocks up to the feature tap"
+            )
+        self.cuts = EncoderCuts(adapter, self.encoder, method, blocks) if blocks else None
+        self._runs: list[Run] = []
+
+    @contextmanager
+    def recording(
+        self, images: Images, inputs: Mapping[str, Any], budget: Budget
+    ) -> Iterator[None]:
+        """Within it, a call's runs of the tower leave their signals here and are cut."""
+        self._runs = runs_of(self.adapter, self.encoder, images.visuals, inputs)
+        self.signals.clear()
+        waiting = list(self._runs)
+
+        def behind(module: nn.Module, args: Any, output: Any) -> None:
+            if waiting:
+                self.signals.finish(waiting.pop(0))
+
+        with ExitStack() as stack:
+            if self.cuts is not None:
+                self.cuts.attach(stack, self._runs, budget)
+            for block in self.signals.blocks:
+                see = partial(self._see, block)
+                stack.enter_context(probed(self.encoder.attentions[block], see))
+            if self.signals.blocks:
+                stack.callback(self.adapter.tower.register_forward_hook(behind).remove)
+            yield
+
+    def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        self.signals.see(block, query, key, scale)
+
+    def read(self) -> dict[str, Tensor]:
+        """The signals of the call by key: `float32[G, L, N]`, zeros on padding."""
+        return {
+            key: pad_sequence([p.T for p in parts], batch_first=True).transpose(1, 2)
+            for key, parts in self.signals.read(self._runs).items()
+        }
+
+    def survivors(self, images: Images) -> Tensor | None:
+        """Which LLM tokens are left of each image, `bool[G, N]`; None if the tower was not run."""
+        if self.cuts is None or len(self.cuts.survivors) != len(images.visuals):
+            return None
+        parts = [self.cuts.survivors[i] for i in range(len(images.visuals))]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
