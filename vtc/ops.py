@@ -135,6 +135,14 @@ def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
     return index.sort(-1).values.masked_fill(~keep_valid, 0), keep_valid
 
 
+def topk_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
+    """What `group_topk` chooses, as `bool[G, N]`."""
+    keep, keep_valid = group_topk(scores, valid, counts)
+    # one column more takes what is not valid
+    mask = torch.zeros(len(valid), valid.shape[1] + 1, dtype=torch.bool, device=valid.device)
+    return mask.scatter(1, keep.masked_fill(~keep_valid, valid.shape[1]), True)[:, :-1]
+
+
 def greedy_diversity(
     features: Tensor,
     valid: Tensor,

@@ -44,8 +44,8 @@ class Signal:
         ends_at_tap: the window runs to the feature tap (the last block whose output the LLM reads).
         label: key under which a method finds it in `Tokens.signals`; by default the name.
         stand_in: name of the signal computed instead where the encoder has no [CLS], under the same
-            key: `"mean_query_row"` and `"received_row"` (as in `vtc.ops`), `"random_row"` (by seed
-            and picture) or `"zeros"`; None: the method is refused there.
+            key: `"mean_query_row"` and `"received_row"` (as in `vtc.ops`) or `"random_row"` (by
+            seed and picture); None: the method is refused there.
     """
 
     name: str

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vtc
+from tests.methods.views import run_encoder, stated_view
 from vtc.types import Budget, Tokens
 
 CASES = [
@@ -19,7 +20,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if "blocks" in c.values[0]])
+def test_golden_in_the_encoder(case: dict[str, Any]) -> None:
+    view = stated_view(case["blocks"], case.get("cls", True), case.get("m", 1))
+    method = vtc.method(case["method"], **case.get("options", {}))
+    got = run_encoder(method, case["keep"], view, len(case["blocks"]))
+    assert [row for (row,) in got] == case["kept"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "blocks" not in c.values[0]])
 def test_golden(case: dict[str, Any]) -> None:
     t, h, w = case["grid"]
     n = t * h * w

@@ -82,6 +82,7 @@ def test_pivots_by_the_mean() -> None:
 
 def test_stage_2_alone_decides_how_much_is_kept() -> None:
     alone = todre(stage1=False)
+    assert (alone.site, todre().site) == ("llm_layer", "llm_input")
     assert (alone.count, alone.needs, alone.exactness) == ("adaptive", (), "layer_mask")
     assert alone.select(tokens(), alone.check_keep(None)).is_identity
     with pytest.raises(OptionError, match="decides by itself how much is kept"):

@@ -4,6 +4,7 @@ being there."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -12,10 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vtc
+from tests.methods.views import Rows, run_encoder
+from vtc.sites import Facts
 from vtc.types import Budget, Tokens
 
 METHODS = list(vtc.methods())
+IN_ENCODER = [name for name in METHODS if vtc.method(name).site == "encoder"]
+CHOOSING = [name for name in METHODS if name not in IN_ENCODER]
 KEEPS = [0.11, 0.5, 7, 1]
+TINY = Facts(6, 4, True, 1, False, 4)  # the tiny LLaVA
 
 
 def keeps_of(name: str) -> list[Any]:
@@ -51,7 +57,7 @@ def build_tokens(grids: Any, seed: int, extra: int = 0) -> Tokens:
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHOOSING)
 @settings(max_examples=25)
 @given(tokens=tokens_with_padding())
 def test_kept_are_ascending_unique_valid_and_counted(name: str, tokens: Tokens) -> None:
@@ -74,7 +80,7 @@ def test_kept_are_ascending_unique_valid_and_counted(name: str, tokens: Tokens) 
             assert all(0 <= p < n for p in positions[positions >= 0].tolist())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHOOSING)
 @pytest.mark.parametrize("keep", KEEPS)
 def test_a_group_decides_as_it_would_alone(name: str, keep: Any) -> None:
     if keep not in keeps_of(name):
@@ -93,7 +99,7 @@ def test_a_group_decides_as_it_would_alone(name: str, keep: Any) -> None:
         assert torch.equal(mine[: alone.slots[0]], theirs[: alone.slots[0]])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHOOSING)
 @pytest.mark.parametrize("filler", [0.0, 1e9, float("nan")])
 def test_padding_changes_nothing(name: str, filler: float) -> None:
     method, budget = vtc.method(name), vtc.method(name).check_keep(keeps_of(name)[0])
@@ -109,7 +115,7 @@ def test_padding_changes_nothing(name: str, filler: float) -> None:
     assert torch.equal(a.slot_positions, b.slot_positions)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHOOSING)
 def test_same_seed_same_result(name: str) -> None:
     method, budget = vtc.method(name), vtc.method(name).check_keep(keeps_of(name)[0])
     tokens = build_tokens([(1, 6, 6), (1, 3, 5)], 1)
@@ -117,6 +123,57 @@ def test_same_seed_same_result(name: str) -> None:
     first = method.select(tokens, budget).slot_positions
     torch.manual_seed(1)  # the global generator is nobody's seed
     assert torch.equal(first, method.select(tokens, budget).slot_positions)
+
+
+@st.composite
+def rows_of_an_encoder(draw: st.DrawFn) -> Rows:
+    units = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
+    return Rows(
+        units,
+        seeds=draw(st.lists(st.integers(0, 99), min_size=len(units), max_size=len(units))),
+        m=draw(st.sampled_from([1, 4])),
+        cls=draw(st.booleans()),
+        tap=draw(st.integers(1, 6)),
+        extra=draw(st.integers(0, 3)),
+    )
+
+
+@pytest.mark.parametrize("name", IN_ENCODER)
+@settings(max_examples=25)
+@given(rows=rows_of_an_encoder())
+def test_in_the_encoder_rows_shrink_to_their_count(name: str, rows: Rows) -> None:
+    method = vtc.method(name)
+    model = Facts(rows.tap + 2, rows.tap, rows.cls, rows.m, False, 32)
+    for keep in KEEPS:
+        left = run_encoder(method, keep, rows.view, rows.tap)
+        for r, n in enumerate(rows.units):
+            before = list(range(n))
+            for after in (units[r] for units in left):
+                assert set(after) <= set(before) and after == sorted(set(after))
+                before = after
+            wanted = method.check_keep(keep).count(n)
+            if method.llm_layers(model):
+                assert len(before) >= wanted
+            elif method.count == "exact":
+                assert len(before) == wanted
+            assert before
+
+
+@pytest.mark.parametrize("name", IN_ENCODER)
+@settings(max_examples=25)
+@given(rows=rows_of_an_encoder(), filler=st.sampled_from([0.0, 1e9, math.nan]))
+def test_in_the_encoder_a_row_decides_as_it_would_alone(
+    name: str, rows: Rows, filler: float
+) -> None:
+    method = vtc.method(name)
+    together = run_encoder(method, 0.3, rows.view, rows.tap)
+    assert together == run_encoder(method, 0.3, rows.view, rows.tap)
+    padded = dataclasses.replace(rows, extra=rows.extra + 1, filler=filler)
+    assert together == run_encoder(method, 0.3, padded.view, rows.tap)
+    for r, n in enumerate(rows.units):
+        alone = dataclasses.replace(rows, units=[n], seeds=[rows.seeds[r]], extra=0)
+        got = run_encoder(method, 0.3, alone.view, rows.tap)
+        assert [units for (units,) in got] == [units[r] for units in together]
 
 
 def test_random_depends_on_seed_and_picture() -> None:
@@ -151,7 +208,8 @@ def test_public_facts_are_declared(name: str) -> None:
     method = vtc.method(name)
     assert method.name == name
     assert method.summary and "\n" not in method.summary
-    assert method.site in ("pixels", "llm_input")
+    assert method.site in ("pixels", "encoder", "llm_input", "llm_layer")
+    assert method.bibtex.startswith("@") or method.summary.startswith("baseline")
     assert method.count in ("exact", "at_most", "adaptive")
     assert method.exactness in ("mask", "layer_mask", "restatement")
     assert method.published_positions in ("keep", "renumber", "median")
@@ -171,8 +229,7 @@ def test_every_position_policy_runs_and_batch_rows_equal_rows_alone(
         together = llava.generate(**batch, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[
             :, -5:
         ]
-        if any(None in row for row in rows):
-            assert len(handle.selections) == 1
+        assert len(handle.selections) == 1 + len(vtc.method(name).llm_layers(TINY))
         for b, row in enumerate(rows):
             width, images = int(batch["attention_mask"][b].sum()), row.count(None)
             alone = {

@@ -2,54 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vtc.methods.base import Method
 from vtc.sites import BlockView, LayerView
+from vtc.types import Budget
 
 
-def random_view(
-    units: Sequence[int],
-    *,
-    m: int = 1,
-    cls: bool = True,
-    block: int = 0,
-    tap: int = 5,
-    rows: Sequence[int] | None = None,
-    seeds: Sequence[int] | None = None,
-    extra: int = 0,
-    filler: float = 0.0,
-    heads: int = 2,
-    dim: int = 8,
-    sharp: float = 2.0,
-) -> BlockView:
-    """Rows of `units` each, padded by `extra`; a row is a function of its seed alone."""
-    rows = rows or [1] * len(units)
-    width, c = max(units) + extra, int(cls)
-    parts = torch.full((3, len(units), heads, c + width * m, dim), filler)
-    for r, n in enumerate(units):
-        draw = torch.Generator().manual_seed(seeds[r] if seeds else r)
-        parts[:, r, :, : c + n * m] = torch.randn(3, heads, c + n * m, dim, generator=draw) * sharp
-    valid = torch.arange(width) < torch.tensor(units)[:, None]
-    image = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
-    return BlockView(
-        block=block,
-        tap=tap,
-        valid=valid,
-        index=torch.arange(width).expand(len(units), -1) * valid,
-        units=torch.tensor(units),
-        image=image,
-        tokens=tuple(int(torch.tensor(units)[image == i].sum()) for i in range(len(rows))),
-        rows=tuple(rows),
-        has_cls=cls,
-        query=parts[0],
-        key=parts[1],
-        value=parts[2],
-        scale=dim**-0.5,
-        carry={},
-    )
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an encoder at random; what a row holds in a block depends on its seed alone.
+
+    Attributes:
+        units: units of each row.
+        seeds: by default the number of the row.
+        images: rows of each image; by default each row is one.
+        m: patches per unit.
+        cls: whether there is a [CLS].
+        tap: the block whose output the LLM reads.
+        extra: columns of padding beyond the longest row.
+        filler: what padding holds.
+    """
+
+    units: Sequence[int]
+    seeds: Sequence[int] = ()
+    images: Sequence[int] = ()
+    m: int = 1
+    cls: bool = True
+    tap: int = 5
+    extra: int = 0
+    filler: float = 0.0
+    video: bool = False
+
+    def part(self, row: int, block: int) -> torch.Tensor:
+        """Queries, keys and values of one row, `[3, H, c + U·m, d]`."""
+        seed = (self.seeds or range(len(self.units)))[row]
+        draw = torch.Generator().manual_seed(1000 * seed + block)
+        return 2 * torch.randn(3, 2, self.cls + self.units[row] * self.m, 8, generator=draw)
+
+    def view(
+        self,
+        block: int = 0,
+        left: Sequence[Sequence[int]] | None = None,
+        carry: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    ) -> BlockView:
+        """What a method sees after `block` if of each row the units `left` are there."""
+        left = left or [range(n) for n in self.units]
+        width = max(map(len, left)) + self.extra
+        parts = torch.full((3, len(left), 2, self.cls + width * self.m, 8), self.filler)
+        index = torch.zeros(len(left), width, dtype=torch.int64)
+        carried = {name: torch.full(index.shape, self.filler) for name in carry or {}}
+        for r, units in enumerate(left):
+            whole, at = self.part(r, block), torch.tensor(list(units), dtype=torch.int64)
+            body = whole[:, :, self.cls :].unflatten(2, (-1, self.m))[:, :, at].flatten(2, 3)
+            row = torch.cat([whole[:, :, : self.cls], body], 2)
+            parts[:, r, :, : row.shape[2]] = row
+            index[r, : len(at)] = at
+            for name, x in carried.items():
+                x[r, : len(at)] = torch.tensor((carry or {})[name][r])
+        images = torch.tensor(self.images or [1] * len(left))
+        image = torch.repeat_interleave(torch.arange(len(images)), images)
+        units_of = torch.tensor(self.units)
+        return BlockView(
+            block=block,
+            tap=self.tap,
+            valid=torch.arange(width) < torch.tensor([len(u) for u in left])[:, None],
+            index=index,
+            units=units_of,
+            image=image,
+            tokens=tuple(int(units_of[image == i].sum()) for i in range(len(images))),
+            rows=tuple(images.tolist()),
+            has_cls=self.cls,
+            query=parts[0],
+            key=parts[1],
+            value=parts[2],
+            scale=8**-0.5,
+            carry=carried,
+            video=(self.video,) * len(images),
+        )
+
+
+def run_encoder(
+    method: Method, keep: Any, view: Callable[..., BlockView], blocks: int
+) -> list[list[list[int]]]:
+    """What is left of each row after each block, when the cuts of `method` are carried out."""
+    budget, left, carry, found = Budget.of(keep), None, None, []
+    for block in range(blocks):
+        seen = view(block, left, carry)
+        cut = method.encoder_cut(seen, budget)
+        keep_at = seen.valid if cut.keep is None else cut.keep
+        assert keep_at.dtype == torch.bool and keep_at.shape == seen.valid.shape
+        assert not (keep_at & ~seen.valid).any()
+        left = [seen.index[r, row].tolist() for r, row in enumerate(keep_at)]
+        carry = {
+            name: [x[r, row].tolist() for r, row in enumerate(keep_at)]
+            for name, x in cut.carry.items()
+        }
+        found.append(left)
+    return found
+
+
+def stated_view(
+    blocks: Sequence[Mapping[str, Sequence[float]]], cls: bool, m: int
+) -> Callable[..., BlockView]:
+    """One row, one head, whose attention, likeness and size of values are `a`, `g` and `m` of each
+    block, per patch: softmax of log a, of log g, and first coordinates filled up to norm m."""
+
+    def view(block: int, left: Any, carry: Any) -> BlockView:
+        given = blocks[block]
+        units = len(given["a"]) // m
+        at = torch.tensor(left[0] if left else range(units))
+        patches = (at[:, None] * m + torch.arange(m)).flatten()
+        a, size = (torch.tensor(given[name])[patches] for name in ("a", "m"))
+        like = torch.tensor(given.get("g", [1.0] * (units * m)))[patches].log()
+        # softmax does not mind a shift: the one that leaves each |log g| at most m
+        low, high = (like - size).max(), (like + size).min()
+        assert low <= high, "no value has this g and this m"
+        like = like - (low + high) / 2
+        query, key, value = torch.zeros(3, 1, 1, cls + len(patches), 2)
+        query[..., 0], key[0, 0, cls:, 0] = 1, a.log()
+        value[0, 0, cls:] = torch.stack([like, size - like.abs()], -1)
+        if cls:
+            value[0, 0, 0, 0] = 1
+        return BlockView(
+            block=block,
+            tap=len(blocks),
+            valid=torch.ones(1, len(at), dtype=torch.bool),
+            index=at[None],
+            units=torch.tensor([units]),
+            image=torch.tensor([0]),
+            tokens=(units,),
+            rows=(1,),
+            has_cls=cls,
+            query=query,
+            key=key,
+            value=value,
+            scale=1.0,
+            carry={name: torch.tensor(x) for name, x in (carry or {}).items()},
+            video=(False,),
+        )
+
+    return view
 
 
 def layer_view(

@@ -86,8 +86,8 @@ class Method:
 
     @property
     def _composed(self) -> bool:
-        """Whether a scorer and a selector decide, rather than a `select` of the method's own."""
-        return type(self).select is Method.select
+        """Whether a scorer and a selector decide, rather than a rule of the method's own."""
+        return self.site != "encoder" and type(self).select is Method.select
 
     def _check_parts(self) -> None:
         """Refuse a swapped scorer or selector that would be ignored or cannot work."""

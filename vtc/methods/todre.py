@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc import ops
 from vtc.errors import OptionError, SignalError
-from vtc.methods.base import Exactness, Method
+from vtc.methods.base import Exactness, Method, Site
 from vtc.scorers import Center, ClsAttention, Overview, RandomScores, Scorer
 from vtc.selectors import Count, FarthestPoint, MaxSum, Selector
 from vtc.sites import Facts, LayerView
@@ -80,6 +80,11 @@ class ToDre(Method):
     def count(self) -> Count:  # type: ignore[override]  # the rest of the package only reads it
         """Exact before the LLM; stage 2 alone decides by itself."""
         return "exact" if self.stage1 else "adaptive"
+
+    @property
+    def site(self) -> Site:  # type: ignore[override]
+        """Where the first choice acts."""
+        return "llm_input" if self.stage1 else "llm_layer"
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]

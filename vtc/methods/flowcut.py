@@ -1,0 +1,153 @@
+"""FlowCut: patches leave the encoder block by block; where rows are many or there is no [CLS], the
+text has the last word inside the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vtc import ops
+from vtc.errors import InputError, SignalError
+from vtc.methods.base import Exactness, Method, Site
+from vtc.scorers.flow import block_flow, drop_amount, last_entry, layer_flow
+from vtc.selectors.shares import even_shares, roomy_shares
+from vtc.sites import BlockView, Cut, Facts, LayerView
+from vtc.types import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowCut(Method):
+    """FlowCut (Tong et al., NeurIPS 2025, arXiv 2505.19536; official code TungChintao/FlowCut,
+    Apache-2.0).
+
+    In the encoder, after each block b up to the last cut at block tap − 1 (21 of 24 in LLaVA-1.5),
+    per patch j of a row, heads averaged: a = attention of [CLS], g = softmax(v_CLS·v_j) without a
+    scale, both with [CLS] in the softmax; m = ‖mean_h v_j‖₁; S = (a/Σa + g/Σg)·m. Cumulative score:
+    S at first, then half the old and half the new. With rpl = tap − 1 − b blocks to go, even rpl
+    cuts: P = (n − T)/√rpl · (1 − R²), R = H(a/Σa)/log n, leaves max(n − round(P), T) of n patches
+    (round half to even), rpl = 0 leaves T. The highest stay, in order; a and P follow each cut.
+
+    Without [CLS]: a = attention of the row's mean query, rotary positions applied, and S = a·m. The
+    m patches of one LLM token are scored by their mean and live or die together: n and T count
+    patches, P/m is rounded. T of a row, for `keep` T tokens of its image: T, where that is the only
+    cut. Before a cut in the LLM: 2T if the image is one row, as published for Qwen2-VL; ⌊T/2⌋ per
+    row if it is several, as published for LLaVA-NeXT.
+
+    In the LLM, after layer index 1: S of the visual tokens with q, v of the row's last token in
+    place of [CLS], softmaxes over the image's visual keys alone and both scaled; T highest stay.
+
+    Code and paper. Notes on the paper have cosine similarity for g; the code's dot products are the
+    rule here. Scores are float32 (official: the model's dtype), and 0·log 0 = 0 (official: NaN, or
+    log(p + 1e-7) on Qwen). Official Qwen code cuts single patches, whose merger then fuses
+    strangers, attends across images, and ends after the last block; here tokens are cut whole, per
+    row, the last time where a block still profits. It leaves a and g of the LLM score unnormalized:
+    over visual keys alone both sum to 1, so that this changes nothing. Official NeXT code lets what
+    pads the canvas compete and loses what is kept of it; here only patches that reach the LLM
+    compete. ⌊T/2⌋ per row would keep all of an image of many rows: beyond five rows, the published
+    case, a row gets at most ⌈2.5T/rows⌉, and more where T would not be left (both ours). Frames of
+    a video share T where there is a [CLS]: the paper's videos have no code.
+
+    Args:
+        llm_cut: whether to cut in the LLM: `"auto"` as published (where an image may be several
+            rows or there is no [CLS]), `"on"` or `"off"`. With `"off"`, rows share T by largest
+            remainder.
+        batch_coupled: True: P is the largest of all rows of the call, as in the official code; rows
+            then depend on their company.
+    """
+
+    name: ClassVar[str] = "flowcut"
+    summary: ClassVar[str] = "patches leave between encoder blocks by attention, value and size"
+    site: ClassVar[Site] = "encoder"
+    exactness: ClassVar[Exactness] = "restatement"
+    bibtex: ClassVar[str] = """@inproceedings{tong2025flowcut,
+  title={FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models},
+  author={Tong, Jintao and Jin, Wenwei and Qin, Pengda and Li, Anqi and Zou, Yixiong and
+          Li, Yuhong and Li, Yuhua and Li, Ruixuan},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2025}
+}"""
+
+    llm_cut: Literal["auto", "on", "off"] = "auto"
+    batch_coupled: bool = False
+
+    def check_facts(self, facts: Facts) -> None:
+        """A block to cut after, and layers that profit from the cut in the LLM."""
+        if facts.tap < 1:
+            raise SignalError(
+                f"method {self.name!r} cuts between encoder blocks, expected features read after "
+                f"block 1 or later, got block {facts.tap}: choose a later feature layer"
+            )
+        if self._cuts_later(facts.has_cls, facts.tiled) and facts.llm_depth < 3:
+            raise SignalError(
+                f"method {self.name!r} cuts after decoder layer 1, expected an LLM of at least 3 "
+                f"layers, got {facts.llm_depth}: pass llm_cut='off'"
+            )
+
+    def encoder_blocks(self, facts: Facts) -> tuple[int, ...]:
+        """All before the tap: every block adds to the score."""
+        return tuple(range(facts.tap))
+
+    def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
+        """Add this block's score; cut where an even number of blocks remains."""
+        attention, score = block_flow(view)
+        score = score.view(*view.valid.shape, view.patches).mean(-1)  # [R, U]
+        if "score" in view.carry:
+            score = 0.5 * view.carry["score"] + 0.5 * score
+        remaining = view.tap - 1 - view.block
+        if remaining % 2:
+            return Cut(None, {"score": score})
+        left, counts = self._counts(view, attention, self.targets(view, budget), remaining)
+        keep = None if torch.equal(left, counts) else ops.topk_mask(score, view.valid, counts)
+        return Cut(keep, {"score": score})
+
+    def _counts(
+        self, view: BlockView, attention: Tensor, targets: Tensor, remaining: int
+    ) -> tuple[Tensor, Tensor]:
+        """Units of each row before and after the cut, `int64[R]` on the CPU each."""
+        units, targets = view.valid.sum(-1), targets.to(view.valid.device)
+        if remaining:
+            amount = drop_amount(attention, units * view.patches, targets * view.patches, remaining)
+            amount = torch.where(units > targets, amount / view.patches, 0).round().long()
+            if self.batch_coupled:
+                amount = amount.amax().expand_as(amount)
+            targets = torch.maximum(units - amount, targets)
+        before, after = torch.stack([units, torch.minimum(units, targets)]).cpu()
+        return before, after
+
+    def targets(self, view: BlockView, budget: Budget) -> Tensor:
+        """Units of each row that leave the encoder, `int64[R]` on the CPU."""
+        found = torch.zeros_like(view.units)
+        for i, (n, rows) in enumerate(zip(view.tokens, view.rows, strict=True)):
+            mine, video = view.image == i, bool(view.video) and view.video[i]
+            later = self._cuts_later(view.has_cls, rows > 1 and not video)
+            shares = (roomy_shares if later else even_shares)(
+                budget.count(n), view.units[mine].tolist()
+            )
+            found[mine] = torch.tensor(shares, dtype=found.dtype)
+        return found
+
+    def llm_layers(self, facts: Facts) -> tuple[int, ...]:
+        """Layer index 1, at any depth (official `prune_layer`)."""
+        return (1,) if self._cuts_later(facts.has_cls, facts.tiled) else ()
+
+    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+        """The tokens of each image that the row's last token looks at, `bool[G, N]`."""
+        left, rows = view.valid.sum(-1).cpu(), view.parent[:, 1]
+        wanted = torch.tensor([budget.count(view.tokens[i]) for i in view.parent[:, 0].tolist()])
+        over = left > wanted
+        if not over.any():
+            return view.valid
+        if (view.visual[rows, last_entry(view)[rows]].cpu() & over).any():
+            raise InputError(
+                f"method {self.name!r} asks the last token of a prompt what it looks at, expected "
+                "text after the image, got a prompt that ends with it: put text there or pass "
+                "llm_cut='off'"
+            )
+        return ops.topk_mask(layer_flow(view), view.valid, torch.minimum(left, wanted))
+
+    def _cuts_later(self, has_cls: bool, several: bool) -> bool:
+        """Whether the LLM cuts again, on a model or for an image that may be several rows."""
+        return self.llm_cut == "on" or (self.llm_cut == "auto" and (several or not has_cls))
