@@ -4,6 +4,7 @@ canvas of crops, newline tokens), with a CLIP (with [CLS]) or SigLIP tower."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from vtc.adapters.base import (
     check_pixels,
     resized,
 )
-from vtc.errors import InputError, UnsupportedModelError
+from vtc.errors import InputError, UnsupportedModeError, UnsupportedModelError
 
 _TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
@@ -249,11 +250,16 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return int(self.model.config.video_token_id)
 
     def _rows(self, inputs: Mapping[str, Any]) -> list[int]:
-        alone = [n == 1 for n in as_list(inputs.get("batch_num_images")) for _ in range(n)]
         crops = super()._rows(inputs)
-        return [
-            n if many else 1 for n, many in zip(crops, alone or [True] * len(crops), strict=True)
-        ]
+        counts = as_list(inputs.get("batch_num_images")) or [1] * len(crops)
+        cut = [n == 1 for n in counts for _ in range(n)]
+        if len(cut) < len(crops):
+            raise InputError(
+                f"batch_num_images={counts} counts {len(cut)} images, expected {len(crops)}: pass "
+                "the processor's output"
+            )
+        # stock reads no further than there are images, too
+        return [n if each else 1 for n, each in zip(crops, cut, strict=False)]
 
     def visuals(self, inputs: Mapping[str, Any], runs: list[int]) -> list[Visual]:
         """Images, then videos."""
@@ -315,10 +321,23 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         images = self._images(inputs)
         first = [i for i in chosen if i < images]
         found: dict[str, Any] = super().part(inputs, visuals, first) if first else {}
-        if first and inputs.get("batch_num_images") is not None:
-            # images that were not alone in their row stay whole
-            alone = [visuals[i].rows > 1 for i in first]
-            found["batch_num_images"] = torch.tensor([1 if a else 2 for a in alone])
+        if first:
+            found["batch_num_images"] = self._counts([visuals[i].rows > 1 for i in first])
         if videos := [i - images for i in chosen if i >= images]:
             found["pixel_values_videos"] = inputs["pixel_values_videos"][videos]
         return found
+
+    def _counts(self, cut: list[bool]) -> Tensor:
+        """`batch_num_images` that leaves the same images whole."""
+        runs = [(each, len(list(group))) for each, group in groupby(cut)]
+        counts: list[int] = []
+        for i, (each, n) in enumerate(runs):
+            if not each and n == 1 and i < len(runs) - 1:
+                raise UnsupportedModeError(
+                    "of several images in a row, one is behind the cache and images of other rows "
+                    "follow it, expected the pixels of the new images alone: run the processor on "
+                    "the new part of the conversation"
+                )
+            # one whole image at the end: stock reads no further than there are images
+            counts += [1] * n if each else [max(n, 2)]
+        return torch.tensor(counts)

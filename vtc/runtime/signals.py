@@ -96,9 +96,12 @@ class EncoderSignals:
                 self._note(block, "cls_row", run.by_unit(rows[:, 0, 1:]))
                 continue
             query = run.assembled([q for q, _, _ in chunks])
+            valid = run.patches_valid
+            if valid is None:
+                valid = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
             for kind in {k for s, k in self.kinds.items() if block in self.windows[s]}:
                 if kind != "random_row":
-                    rows = getattr(ops, kind)(query, key, scale, run.patches_valid)
+                    rows = getattr(ops, kind)(query, key, scale, valid)
                     self._note(block, kind, run.by_unit(rows))
         self._chunks.clear()
 
