@@ -166,6 +166,13 @@ def test_stage_2_equals_the_loop(past: int, pad: str) -> None:
             assert got[g].tolist() == [not gone] * 6
 
 
+def test_a_ratio_of_tau_is_not_below_tau() -> None:
+    view = layer_view([[2, None, 4]])
+    at = todre().ratios(view)[0].item()  # type: ignore[attr-defined]
+    for tau, gone in ((at, False), (at * 1.001, True)):
+        assert bool(todre(tau=tau).layer_cut(view, Budget.of(6)).any()) != gone
+
+
 def test_a_row_without_text_after_its_image_is_left_alone() -> None:
     got = todre(tau=1.0).layer_cut(layer_view(ROWS), Budget.of(6))
     assert got.any(-1).tolist() == [False, False, False, True, False]
