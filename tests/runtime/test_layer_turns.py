@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +31,13 @@ class Scripted:
     drops_earlier_kv: bool
     left: dict[int, Tensor]
     name: str = "scripted"
+    held: dict[int, int] = field(default_factory=dict)
 
     def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+        batch, length = view.mask.shape
+        assert view.query.shape[::2] == (batch, length)
+        assert view.key.shape[::2] == (batch, self.held[view.layer] + length)
+        assert view.value.shape == view.key.shape and view.key.shape[1] == view.query.shape[1]
         assert not view.visual.masked_select(~view.mask).any()
         rows = view.parent[:, 1:].expand_as(view.columns)
         assert view.visual[rows, view.columns][view.valid].all()
@@ -198,23 +203,32 @@ def test_a_conversation_equals_one_pass_with_masks(seed: int) -> None:
             method.left = turn.left
             if turn.placed is not None:
                 seam.expect(turn.placed, turn.mask)
-            left_out = bool(mask.all()) and draw.random() < 0.5
             before = [int(kept.get_seq_length(i)) for i in range(depth)]
+            method.held = dict(enumerate(before))
+            # candidates of assisted decoding run along with a turn and are taken back
+            more = 0 if static else draw.choice([0, 0, 2])
+            given = torch.cat([turn.embeds, torch.randn(batch, more, WIDTH)], 1)
+            at = torch.nn.functional.pad(positions[..., start:end].float(), (0, more), "replicate")
+            whole_mask = torch.nn.functional.pad(mask.long(), (0, more), value=1)
+            left_out = bool(mask.all()) and draw.random() < 0.5
             with torch.no_grad():
                 got = lm(
-                    inputs_embeds=turn.embeds.repeat_interleave(copies, 0),
-                    attention_mask=None if left_out else mask.long(),
-                    position_ids=positions[..., start:end].repeat_interleave(copies, -2),
+                    inputs_embeds=given.repeat_interleave(copies, 0),
+                    attention_mask=None if left_out else whole_mask,
+                    position_ids=at.long().repeat_interleave(copies, -2),
                     past_key_values=kept,
-                ).last_hidden_state
+                ).last_hidden_state[:, : turn.mask.shape[1]]
             expected = filled_forward(reference, turn, depth).repeat_interleave(copies, 0)
             real = turn.mask.repeat_interleave(copies, 0)
             torch.testing.assert_close(got[real], expected[real], atol=2e-4, rtol=1e-4)
+            if more:
+                assert kept.get_seq_length() == end + more
+                kept.crop(-more)
             held = tuple(int(kept.get_seq_length(i)) for i in range(depth))
             if turn.placed is None:
                 assert held == tuple(n + turn.mask.shape[1] for n in before)
             else:
-                assert held == seam.lengths
+                assert held == tuple(n - more for n in seam.lengths)
                 assert [decision.layer for decision in seam.decisions] == list(cuts)
             start = end
     finally:

@@ -20,19 +20,19 @@ _STATE = "_vtc_layers"
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """What a cache remembers of the last prefill that dropped something between layers.
+    """What a cache remembers: the entries up to the last one dropped between layers.
+
+    What stands behind is the same in all layers, so that its mask is the one given to the model.
 
     Attributes:
-        masks: per group `bool[B, L]` over the entries that its layers held then; None: all ones.
+        masks: per group `bool[B, L]` over these entries in its layers; None: all ones.
         lengths: L of each group.
         batch: B.
-        spare: how many of the last entries can be taken back without reaching what was dropped.
     """
 
     masks: tuple[Tensor | None, ...]
     lengths: tuple[int, ...]
     batch: int
-    spare: int
 
 
 def remember(cache: Any, state: LayerState) -> None:
@@ -98,12 +98,10 @@ class GroupMasks:
         state, before, first = self._state, self._before[group], self._before[0]
         if state is None:
             return (None if self._full is None else self._full[:, :before]), before
-        start = state.masks[group]
-        # negative when assisted decoding took back candidates that ran along with the prompt
-        behind = max(before - state.lengths[group], 0)
-        start = None if start is None else start[:, :before]
+        start, length = state.masks[group], state.lengths[group]
+        behind = before - length
         tail = None if self._full is None else self._full[:, first - behind : first]
-        return _joined([(start, before - behind), (tail, behind)], self._batch), before
+        return _joined([(start, length), (tail, behind)], self._batch), before
 
 
 def _check(state: LayerState, before: tuple[int, ...], batch: int) -> None:
@@ -113,17 +111,16 @@ def _check(state: LayerState, before: tuple[int, ...], batch: int) -> None:
             f"a step of batch {batch} continues a cache of batch {state.batch} whose layers hold "
             "unequal lengths, expected the same batch: use generate() for beams"
         )
-    later = {now - then for now, then in zip(before, state.lengths, strict=True)}
-    if len(later) > 1:
+    behind = [now - then for now, then in zip(before, state.lengths, strict=True)]
+    if min(behind) < 0:
+        raise UnsupportedModeError(
+            f"{-min(behind)} entries too many were taken back from a cache, expected only such as "
+            "stand behind what was dropped between layers: start from a fresh cache"
+        )
+    if len(set(behind)) > 1:
         raise UnsupportedModeError(
             f"the layers of this cache hold {before} entries, expected {state.lengths} and the "
             "same number more in each: a call on it was broken off; start from a fresh cache"
-        )
-    taken = -later.pop()
-    if taken > state.spare:
-        raise UnsupportedModeError(
-            f"{taken} entries were taken back from a cache, expected at most {state.spare}: what "
-            "is before was dropped between layers; start from a fresh cache"
         )
 
 

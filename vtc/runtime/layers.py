@@ -22,8 +22,9 @@ from vtc.adapters.base import Adapter
 from vtc.errors import PatchError, SignalError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method
 from vtc.runtime.attention_probe import probed
-from vtc.runtime.layer_cache import GroupMasks, LayerState, filled, remember, remembered
-from vtc.runtime.layer_stage import LayerDecision, Placed, Stage, repeated
+from vtc.runtime.layer_cache import remembered
+from vtc.runtime.layer_run import LayerRun
+from vtc.runtime.layer_stage import LayerDecision, Placed
 from vtc.sites import LayerView
 from vtc.types import Budget
 
@@ -60,7 +61,7 @@ class LayerSeam:
         _check(adapter, self._cuts)
         self._hooks: list[Any] = []
         self._expected: tuple[Placed, Tensor] | None = None
-        self._run: _Run | None = None
+        self._run: LayerRun | None = None
         self._probes = ExitStack()
         self._decisions: list[LayerDecision] = []
         self._lengths: tuple[int, ...] = ()
@@ -134,7 +135,7 @@ class LayerSeam:
             return
         _check_mode(module)
         first = 0 if self._method.drops_earlier_kv else 1
-        run = _Run(self._language_model.config, self._cuts, first, state, given)
+        run = LayerRun(self._language_model.config, self._cuts, first, state, given)
         if expected is not None:
             run.begin(*expected, self._decide)
             for layer in self._cuts:
@@ -180,176 +181,6 @@ class LayerSeam:
         self._lengths = tuple(lengths[bisect_left(self._cuts, layer)] for layer in range(depth))
         run.keep_state(self._method.drops_earlier_kv)
         return run.restored(output)
-
-
-class _Run:
-    """One run of the language model: a prefill, or a step behind one."""
-
-    def __init__(
-        self,
-        config: Any,
-        cuts: tuple[int, ...],
-        first_group: int,
-        state: LayerState | None,
-        given: dict[str, Any],
-    ) -> None:
-        self._config = config
-        self._cuts = cuts
-        self._first_group = first_group
-        self._state = state
-        self._cache = given.get("past_key_values")
-        entries = given.get("inputs_embeds")
-        entries = given["input_ids"] if entries is None else entries
-        self._batch, self._new = entries.shape[:2]
-        self._device = entries.device
-        # one layer stands for its group
-        layers = (0, *(cut + 1 for cut in cuts))
-        self._before = tuple(filled(self._cache, layer) for layer in layers)
-        static = bool(getattr(self._cache, "is_compileable", False))
-        mask = given.get("attention_mask")
-        self._masks = GroupMasks(state, mask, self._before, self._batch, self._new, static)
-        self.stages: list[Stage] = []
-        self.decisions: list[LayerDecision] = []
-        self._seen: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
-        self._decide: Callable[[LayerView], Tensor] | None = None
-        self._made: dict[tuple[int, torch.device], dict[str, Any]] = {}
-
-    def begin(self, placed: Placed, mask: Tensor, decide: Callable[[LayerView], Tensor]) -> None:
-        """Make it the prefill of a sequence."""
-        rows, entries = mask.shape
-        if self._batch % rows or self._new < entries:
-            raise UnsupportedModeError(
-                f"the language model ran on {(self._batch, self._new)} entries, expected the whole "
-                f"prompt of {(rows, entries)}, its rows repeated for beams: pass no "
-                "prefill_chunk_size with a method that drops tokens between decoder layers"
-            )
-        self.stages.append(Stage.first(placed, mask.to(self._device), self._new))
-        self._decide = decide
-
-    def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
-        """Note what a layer that decides computes with."""
-        self._seen[layer] = (query.detach(), key.detach(), value.detach(), scale)
-
-    def inputs(self, layer: int, given: dict[str, Any]) -> dict[str, Any] | None:
-        """What a layer is to get in place of `given`; None: as it is."""
-        hidden, group = given["hidden_states"], bisect_left(self._cuts, layer)
-        self._cache = given.get("past_key_values")
-        stage = None
-        if self.stages:
-            while len(self.stages) <= group:
-                self.stages.append(self._cut(self._cuts[len(self.stages) - 1]))
-            if self.stages[group] is not self.stages[0]:
-                stage = self.stages[group]
-        if stage is None and (self._state is None or group < self._first_group):
-            return None
-        changed = {}
-        if stage is not None and layer == self._cuts[group - 1] + 1:
-            if stage is not self.stages[group - 1]:
-                hidden = stage.take(hidden)
-            changed["hidden_states"] = hidden
-        where = (group, hidden.device)
-        if where not in self._made:
-            self._made[where] = self._make(layer, group, stage, hidden, given)
-        return changed | self._made[where]
-
-    def _make(
-        self, layer: int, group: int, stage: Stage | None, hidden: Tensor, given: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Mask and rotary angles of one group, on one device."""
-        from transformers.masking_utils import create_causal_mask
-
-        new = None if stage is None else self._repeated(stage.to(hidden.device).mask)
-        mask = create_causal_mask(
-            config=self._config,
-            inputs_embeds=hidden,
-            attention_mask=self._masks.of(group, new),
-            past_key_values=self._cache,
-            layer_idx=layer,
-        )
-        made: dict[str, Any] = {"attention_mask": mask}
-        if stage is not None:
-            angles = given["position_embeddings"]
-            made["position_embeddings"] = tuple(stage.rope(x, self._batch) for x in angles)
-            # rotary angles are all that is made of them; flash attention would read gaps in them
-            # as the borders of packed sequences
-            made["position_ids"] = None
-        return made
-
-    def _repeated(self, x: Tensor) -> Tensor:
-        return repeated(x, self._batch // len(x))
-
-    def _cut(self, layer: int) -> Stage:
-        """The stage behind a layer that decides."""
-        if layer not in self._seen or self._decide is None:
-            raise SignalError(
-                f"the attention of decoder layer {layer} was not seen, expected it to look its "
-                "implementation up in its config: use a stock transformers model"
-            )
-        query, key, value, scale = self._seen.pop(layer)
-        stage = self.stages[-1].to(query.device)
-        copies = self._batch // len(stage.mask)
-        entries = stage.entries - stage.extra
-        held = self._before[len(self.stages) - 1] + entries
-        heads = query.shape[1] // key.shape[1]
-        view = LayerView(
-            layer=layer,
-            valid=stage.valid,
-            index=stage.index,
-            columns=stage.places,
-            parent=stage.placed.parent,
-            tokens=stage.placed.tokens,
-            mask=stage.mask[:, :entries],
-            visual=stage.visual[:, :entries],
-            query=query[::copies, :, :entries],
-            key=key[::copies, :, :held].repeat_interleave(heads, 1),
-            value=value[::copies, :, :held].repeat_interleave(heads, 1),
-            scale=scale,
-        )
-        before = self.stages[-1]  # wherever it lies
-        after = before.cut(self._decide(view).to(before.mask.device))
-        self.decisions.append(LayerDecision(layer, after.keep, after.entries))
-        return after
-
-    def lengths(self) -> tuple[int, ...]:
-        """Entries that the layers of each group hold after a prefill."""
-        stages = zip(self._before, self.stages, strict=True)
-        return tuple(before + stage.entries for before, stage in stages)
-
-    def keep_state(self, drops_earlier: bool) -> None:
-        """Note on the cache what was dropped, if something was."""
-        last, first = self.stages[-1], self.stages[0]
-        if last is first or self._cache is None:
-            return
-        present, masks = last.present, []
-        for group, stage in enumerate(self.stages):
-            left = present.gather(1, stage.columns)
-            new = stage.mask & left if drops_earlier else stage.mask
-            mask = self._masks.of(group, self._repeated(new))
-            masks.append(None if mask is None or bool(mask.all()) else mask)
-        dropped = first.mask & ~present
-        here = torch.arange(first.length, device=dropped.device)
-        spare = first.length - 1 - int(here.masked_fill(~dropped, -1).max())
-        remember(self._cache, LayerState(tuple(masks), self.lengths(), self._batch, spare))
-
-    def restored(self, output: Any) -> Any:
-        """The output of the language model over all its entries."""
-        last = self.stages[-1]
-        if last is self.stages[0]:
-            return output
-        if isinstance(output, tuple):
-            return (last.restore(output[0]), *output[1:])
-        output.last_hidden_state = last.restore(output.last_hidden_state)
-        states = getattr(output, "hidden_states", None)
-        if states is not None:
-            output.hidden_states = tuple(map(self._restored_state, range(len(states)), states))
-        return output
-
-    def _restored_state(self, at: int, hidden: Tensor | None) -> Tensor | None:
-        """Of the first layer's input and all layers' outputs one, over all entries."""
-        stage = self.stages[bisect_left(self._cuts, max(at - 1, 0))]
-        if hidden is None or stage is self.stages[0]:
-            return hidden
-        return stage.restore(hidden)
 
 
 def _check(adapter: Adapter, cuts: tuple[int, ...]) -> None:
