@@ -45,7 +45,7 @@ class BlockView:
         tap: the block whose output the LLM reads; the last useful decision is that of `tap - 1`.
         valid: `bool[R, U]`, False on padding.
         index: `int64[R, U]`, which unit of the row (in LLM token order), ascending; 0 on padding.
-        units: `int64[R]` on the CPU, how many the row had at the start.
+        units: `int64[R]` on the CPU, how many of the row's reach the LLM where nothing is cut.
         image: `int64[R]` on the CPU, the image (or video) that the row belongs to.
         tokens: N of each image: its tokens in the stock LLM, over all its rows.
         rows: how many rows each image has.

@@ -123,7 +123,7 @@ class EncoderCuts:
             tap=self.encoder.tap,
             valid=layout.reaching,
             index=layout.index,
-            units=layout.units,
+            units=layout.reachable,
             image=run.image - run.members[0],
             tokens=tuple(v.tokens for v in run.visuals),
             rows=tuple(v.rows for v in run.visuals),

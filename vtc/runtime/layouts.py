@@ -24,6 +24,7 @@ class _Layout:
         self.index = torch.arange(self.full, device=device).repeat(len(widths), 1)
         self.valid = self.index < widths.to(device)[:, None]
         self.index = self.index.masked_fill(~self.valid, 0)
+        self.ragged = False
         self._in_force: dict[int, tuple[Tensor, Tensor]] = {}
 
     def entering(self, block: int) -> None:
@@ -38,6 +39,12 @@ class _Layout:
         numbers = torch.arange(float(rows * self.full), dtype=torch.float64)
         packed = self.run.to_tokens(numbers.view(1, rows, self.full))
         return [p[0].round().long().to(self.device) for p in packed]
+
+    @cached_property
+    def reachable(self) -> Tensor:
+        """`int64[R]` on the CPU: how many units of each row LLM tokens are made of."""
+        rows = torch.cat(self.token_units) // self.full
+        return rows.bincount(minlength=len(self.units)).cpu()
 
     @property
     def reaching(self) -> Tensor:
@@ -60,6 +67,7 @@ class _Layout:
         place = torch.arange(keep.shape[1], device=self.device).expand_as(keep)
         order = place.masked_fill(~keep, keep.shape[1]).sort(1).values[:, :width]
         self.valid = torch.arange(width, device=self.device) < counts[:, None]
+        self.ragged = int(counts.min()) < width
         order = order.masked_fill(~self.valid, 0)
         self.index = self.index.gather(1, order).masked_fill(~self.valid, 0)
         return order
@@ -120,7 +128,7 @@ class RowLayout(_Layout):
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """Additive, where rows have different lengths."""
-        if self.index.shape[1] == self.full or bool(self.valid.all()):
+        if not self.ragged:
             return None
         seen = self.valid.repeat_interleave(self.m, 1)
         seen = torch.nn.functional.pad(seen, (self.first, 0), value=True)

@@ -196,10 +196,9 @@ class Session:
 
     def note(self, images: Images, selection: Selection | None, clock: Clock) -> None:
         """Remember a decision as the last call's; None: everything was kept, nothing decided."""
-        if selection is None:
-            selection = self._everything(images)
-        self.last = Call(images, selection, clock, self.budget.keep)
-        if self.tower.cuts is not None and not selection.is_identity:
+        decided = selection if selection is not None else self._everything(images)
+        self.last = Call(images, decided, clock, self.budget.keep)
+        if self.tower.cuts is not None and selection is not None:
             self.last.block_patches = tuple(self.tower.cuts.lengths)
 
     def _everything(self, images: Images) -> Selection:

@@ -1,0 +1,300 @@
+"""FlowCut inside the encoder equals a plain statement of it: one image at a time, full attention
+maps, patches taken out of a list."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtc
+from tests.kit.models import CROP, FAMILIES, PATCH, PINPOINTS, PLACEHOLDERS, build_model
+from tests.kit.oracle import kept_columns, visual_places
+from tests.kit.prompts import build_inputs
+
+# a block's queries, keys and values [heads, n, d], its scale, and what follows the attention
+Parts = tuple[Tensor, Tensor, Tensor, float, Callable[[Tensor], Tensor]]
+
+
+@dataclass
+class Row:
+    """One row of the encoder: patches in the order of its LLM tokens, and where it goes on."""
+
+    hidden: Tensor  # [c + n, width]
+    first: int  # 1 with a [CLS]
+    blocks: list[Callable[[Tensor, Tensor], Parts]]  # (hidden, patches left) -> parts
+    sees: list[Tensor | None]  # bool[n, n] over original patches, None: everything
+    m: int
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(0, 1)
+
+
+def clip_block(block: Any) -> Callable[[Tensor, Tensor], Parts]:
+    def parts(x: Tensor, left: Tensor) -> Parts:
+        attention, y = block.self_attn, block.layer_norm1(x)
+        q, k, v = (
+            heads(getattr(attention, f"{n}_proj")(y), attention.num_heads) for n in ("q", "k", "v")
+        )
+
+        def after(out: Tensor) -> Tensor:
+            z = x + attention.out_proj(out.transpose(0, 1).flatten(1))
+            return z + block.mlp(block.layer_norm2(z))
+
+        return q, k, v, attention.scale, after
+
+    return parts
+
+
+def internvl_block(block: Any) -> Callable[[Tensor, Tensor], Parts]:
+    def parts(x: Tensor, left: Tensor) -> Parts:
+        attention, y = block.attention, block.layernorm_before(x)
+        q = heads(attention.q_norm(attention.q_proj(y)), attention.num_heads)
+        k = heads(attention.k_norm(attention.k_proj(y)), attention.num_heads)
+        v = heads(attention.v_proj(y), attention.num_heads)
+
+        def after(out: Tensor) -> Tensor:
+            z = x + block.lambda_1 * attention.projection_layer(out.transpose(0, 1).flatten(1))
+            return z + block.lambda_2 * block.mlp(block.layernorm_after(z))
+
+        return q, k, v, attention.scale, after
+
+    return parts
+
+
+def qwen_block(block: Any, cos: Tensor, sin: Tensor) -> Callable[[Tensor, Tensor], Parts]:
+    def turned(x: Tensor, left: Tensor) -> Tensor:
+        half = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+        return x * cos[left] + half * sin[left]
+
+    def parts(x: Tensor, left: Tensor) -> Parts:
+        attention = block.attn
+        q, k, v = (
+            attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        )
+        q, k = turned(q.transpose(0, 1), left), turned(k.transpose(0, 1), left)
+
+        def after(out: Tensor) -> Tensor:
+            z = x + attention.proj(out.transpose(0, 1).flatten(1))
+            return z + block.mlp(block.norm2(z))
+
+        return q, k, v.transpose(0, 1), attention.scaling, after
+
+    return parts
+
+
+def llava_rows(model: Any, inputs: Any) -> Iterator[list[Row]]:
+    """Crops of each image of a LLaVA."""
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    clip = model.config.vision_config.model_type == "clip_vision_model"
+    pixels = inputs["pixel_values"]
+    for i, image in enumerate(pixels):
+        crops = image[None] if pixels.dim() == 4 else image
+        if pixels.dim() == 5:
+            crops = crops[crops.flatten(1).any(1)]  # crops that are not there hold zeros
+            counts = inputs.get("batch_num_images")
+            if counts is not None and [n for n in counts.tolist() for _ in range(n)][i] > 1:
+                crops = crops[:1]
+        x = tower.embeddings(crops)
+        x = tower.pre_layrnorm(x) if clip else x
+        blocks = [clip_block(b) for b in tower.encoder.layers]
+        yield [Row(h, int(clip), blocks, [None] * len(blocks), 1) for h in x]
+
+
+def internvl_rows(model: Any, inputs: Any, tiles: list[int]) -> Iterator[list[Row]]:
+    tower = model.model.vision_tower
+    side = inputs["pixel_values"].shape[-1] // tower.config.patch_size[0]
+    # four patches of a token side by side, tokens row by row
+    numbers = torch.arange(side * side).view(side // 2, 2, side // 2, 2)
+    order = numbers.permute(0, 2, 1, 3).flatten()
+    blocks = [internvl_block(b) for b in tower.encoder.layer]
+    for part in inputs["pixel_values"].split(tiles):
+        x = tower.embeddings(part)
+        x = torch.cat([x[:, :1], x[:, 1:][:, order]], 1)
+        yield [Row(h, 1, blocks, [None] * len(blocks), 4) for h in x]
+
+
+def qwen_rows(model: Any, pixels: Tensor, grids: Tensor) -> Iterator[list[Row]]:
+    """One row per image or video; frames, and windows, do not see each other."""
+    visual = model.model.visual
+    start: dict[str, Any] = {}
+
+    def stop(module: Any, args: Any, kwargs: Any) -> None:
+        start["x"], (start["cos"], start["sin"]) = args[0], kwargs["position_embeddings"]
+        raise StopIteration
+
+    window = getattr(visual, "window_size", None)
+    for part, (t, h, w) in zip(pixels.split(grids.prod(-1).tolist()), grids.tolist(), strict=True):
+        hook = visual.blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            visual(part, grid_thw=torch.tensor([[t, h, w]]))
+        except (StopIteration, RuntimeError):
+            pass
+        finally:
+            hook.remove()
+        x, cos, sin = start["x"], start["cos"], start["sin"]
+        frame = torch.arange(t).repeat_interleave(h * w)
+        unit = torch.arange(t * h * w // 4)
+        cell = unit % (h * w // 4)
+        row, column = cell // (w // 2), cell % (w // 2)
+        same = frame[:, None] == frame
+        sees: list[Tensor | None] = [same] * len(visual.blocks)
+        if window is not None:
+            size = window // visual.patch_size // 2
+            at = (unit // (h * w // 4) * 1000 + row // size) * 1000 + column // size
+            order = at.sort(stable=True).indices  # the order in which stock puts tokens
+            back = order.argsort()
+            patches = (back[:, None] * 4 + torch.arange(4)).flatten()
+            x, cos, sin = x[patches], cos[patches], sin[patches]
+            near = at.repeat_interleave(4)
+            windowed = near[:, None] == near
+            sees = [
+                same if b in visual.fullatt_block_indexes else windowed
+                for b in range(len(visual.blocks))
+            ]
+        yield [Row(x, 0, [qwen_block(b, cos, sin) for b in visual.blocks], sees, 4)]
+
+
+def flowcut(row: Row, tap: int, target: int) -> tuple[list[int], list[int], Tensor]:
+    """Units left of a row, how many patches went through each block, and the features `[n, width]`
+    behind the tap."""
+    x, first, m = row.hidden, row.first, row.m
+    left = list(range((len(x) - first) // m))
+    score, through = None, []
+    for b in range(tap + 1):
+        patches = torch.tensor([u * m + i for u in left for i in range(m)])
+        through.append(len(patches))
+        q, k, v, scale, after = row.blocks[b](x, patches)
+        logits = q @ k.transpose(1, 2) * scale
+        if (sees := row.sees[b]) is not None:
+            logits = logits.masked_fill(~sees[patches][:, patches], -math.inf)
+        x = after(logits.softmax(-1) @ v)
+        if b == tap:
+            break
+        size = v[:, first:].mean(0).abs().sum(-1)
+        if first:
+            a = (q[:, :1] @ k.transpose(1, 2) * scale).softmax(-1).mean(0)[0, 1:]
+            g = (v[:, :1] @ v.transpose(1, 2)).softmax(-1).mean(0)[0, 1:]
+            new = (a / a.sum() + g / g.sum()) * size
+        else:
+            a = (q.mean(1, keepdim=True) @ k.transpose(1, 2) * scale).softmax(-1).mean(0)[0]
+            new = a * size
+        new = new.view(-1, m).mean(-1)
+        score = new if score is None else 0.5 * score + 0.5 * new
+        remaining = tap - 1 - b
+        if len(left) <= target or remaining % 2:
+            continue
+        n = len(left)
+        if remaining:
+            p = (a / a.sum()).double()
+            spread = float(-(p * p.log()).sum()) / math.log(n * m)
+            amount = (n - target) * m / math.sqrt(remaining) * (1 - spread**2)
+            stay = max(n - round(amount / m), target)
+        else:
+            stay = target
+        best = sorted(range(n), key=lambda u: (-float(score[u]), u))[:stay]
+        keep = sorted(best)
+        rows = [*range(first), *(first + u * m + i for u in keep for i in range(m))]
+        x, score, left = x[rows], score[keep], [left[u] for u in keep]
+    return left, through, x[first:]
+
+
+def target_of(rows: list[Row], tokens: int, keep: float) -> int:
+    wanted = max(1, math.floor(keep * tokens + 0.5))
+    if len(rows) > 1:
+        return wanted // 2
+    return wanted if rows[0].first else min(2 * wanted, tokens)
+
+
+def on_canvas(units: list[int], side: int, height: int, width: int) -> list[int]:
+    """Patches of a thumbnail and crops of side×side as tokens of a thumbnail and the canvas, of
+    2×2, 1×2 or 2×1 crops, which the picture fills."""
+    wide, n = 2 if width >= height else 1, side * side
+    found = []
+    for unit in units:
+        crop, y, x = unit // n - 1, unit % n // side, unit % side
+        at = (crop // wide * side + y) * wide * side + crop % wide * side + x
+        found.append(unit if crop < 0 else n + at)
+    return sorted(found)
+
+
+def projector(model: Any, family: str) -> Callable[[Tensor], Tensor] | None:
+    """From patches behind the tap to LLM tokens; None where crops are packed anew."""
+    if family in PINPOINTS:
+        return None
+    if family.startswith("qwen"):
+        return model.model.visual.merger
+    if family == "internvl":
+        norm, project = model.model.vision_tower.layernorm, model.model.multi_modal_projector
+        return lambda x: project(norm(x).view(-1, 4 * x.shape[-1]))
+    return model.model.multi_modal_projector
+
+
+CASES: dict[str, list[list[Any]]] = {
+    "one": [[3, ("image", 24, 48), 5]],
+    "ragged": [[4, ("image", 24, 24), 2, ("image", 48, 24), 5], [2, ("image", 48, 48), 9], [7]],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("keep", [0.2, 0.45])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flowcut_equals_its_plain_statement(family: str, keep: float, case: str) -> None:
+    model = build_model(family, blocks=8)
+    # canvases of OneVision that are made smaller are refused: its images here are thumbnails
+    rows_of = CASES[case][:1] if family == "llava_onevision" else CASES[case]
+    inputs, seen = build_inputs(family, rows_of), []
+
+    def see(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["inputs_embeds"])
+
+    # hooks run in order of registration: this one sees what the patched model hands on
+    hook = model.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
+    with vtc.patch(model, "flowcut", keep) as handle:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False, suppress_tokens=PLACEHOLDERS)
+    hook.remove()
+    selection, report = handle.selections[0], handle.report()
+    embeds = visual_embeds(seen[-1], model, family, inputs, selection)
+    if family.startswith("qwen"):
+        rows = qwen_rows(model, inputs["pixel_values"], inputs["image_grid_thw"])
+    elif family == "internvl":
+        rows = internvl_rows(model, inputs, [n // 9 for n in selection.lengths])
+    else:
+        rows = llava_rows(model, inputs)
+    tap = {"llava": 6, "llava_siglip": 6, "llava_next": 6}.get(family, 7)
+    patches = [0] * (tap + 1)
+    for g, (of_image, n) in enumerate(zip(rows, selection.lengths, strict=True)):
+        units, found = 0, []
+        for row in of_image:
+            left, through, features = flowcut(row, tap, target_of(of_image, n, keep))
+            found += [units + u for u in left]
+            units += (len(row.hidden) - row.first) // row.m
+            if (project := projector(model, family)) is not None:
+                kept = embeds[: len(left)]
+                torch.testing.assert_close(kept, project(features), atol=1e-4, rtol=1e-4)
+                embeds = embeds[len(left) :]
+            patches = [a + b for a, b in zip(patches, through, strict=True)]
+        if family in PINPOINTS:
+            side = CROP[family] // PATCH
+            found = on_canvas(found, side, *inputs["image_sizes"][g].tolist())
+        assert selection.keep[g, selection.valid[g]].tolist() == found, (family, g)
+    assert list(report.block_patches[: tap + 1]) == patches
+    assert report.block_patches[0] > report.block_patches[tap]
+
+
+def visual_embeds(
+    embeds: Tensor, model: Any, family: str, inputs: Any, selection: vtc.Selection
+) -> Tensor:
+    """The visual tokens among the short embeddings `[B, L, D]`, image by image."""
+    stays = kept_columns(model, family, inputs, selection) & inputs["attention_mask"].bool()
+    rank = stays.cumsum(-1) - 1 + embeds.shape[1] - stays.sum(-1, keepdim=True)
+    places = [p[stays[tuple(p.T)]] for p in visual_places(model, family, inputs)]
+    return torch.cat([embeds[p[:, 0], rank[tuple(p.T)]] for p in places])
