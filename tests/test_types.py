@@ -216,13 +216,14 @@ def test_largest_grid_fits_and_is_stable(h: int, w: int, data: st.DataObject) ->
 
 @given(st.integers(1, 12), st.integers(1, 12), st.data())
 def test_pooling_is_adaptive_average_pooling(h: int, w: int, data: st.DataObject) -> None:
-    size = data.draw(st.integers(1, h)), data.draw(st.integers(1, w))
-    slot, token, weight, center = pooled_cells(h, w, size)
-    x = torch.rand(h * w, dtype=torch.float64)
-    got = torch.zeros(size[0] * size[1], dtype=torch.float64).index_add_(
+    t = data.draw(st.integers(1, 4))
+    size = tuple(data.draw(st.integers(1, n)) for n in (t, h, w))
+    slot, token, weight, center = pooled_cells((t, h, w), size)
+    x = torch.rand(t * h * w, dtype=torch.float64)
+    got = torch.zeros(math.prod(size), dtype=torch.float64).index_add_(
         0, slot, x[token] * weight.double()
     )
-    want = torch.nn.functional.adaptive_avg_pool2d(x.view(1, h, w), size).flatten()
+    want = torch.nn.functional.adaptive_avg_pool3d(x.view(1, t, h, w), size).flatten()
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     members = [set(token[slot == s].tolist()) for s in range(len(want))]
     assert all(int(c) in m for c, m in zip(center, members, strict=True))

@@ -181,14 +181,15 @@ def test_a_window_that_leaves_no_block_is_refused_at_patch(
         vtc.patch(make_llava(blocks=blocks), "vtc_cls", 9, start=start)
 
 
-def test_a_cls_method_on_an_encoder_without_cls_is_refused_at_patch(
+def test_a_cls_scorer_without_a_stand_in_is_refused_at_patch(
     make_llava: Any, make_inputs: Any
 ) -> None:
     model = make_llava(
         tower="siglip", vision_feature_layer=-1, vision_feature_select_strategy="full"
     )
+    strict = vtc.method("vtc_cls", scorer=ClsAttention(Signal("cls_row", [3])))
     with pytest.raises(SignalError, match=r"\[CLS\]"):
-        vtc.patch(model, "vtc_cls", 9)
+        vtc.patch(model, strict, 9)
     with vtc.patch(model, "random", 9) as handle:
         model.generate(**make_inputs([[4, None, 5]]), max_new_tokens=1, do_sample=False)
     assert handle.report().llm_tokens == (9,)

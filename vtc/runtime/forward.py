@@ -133,8 +133,9 @@ class ForwardSeam:
             return self._positioned(given)
         if filled(given.get("past_key_values")):
             raise UnsupportedModeError(
-                "images came with a cache that is not empty, expected none on a patched model: "
-                "pass the whole conversation without past_key_values"
+                "images came with a cache that is not empty, expected none in a forward of a "
+                "patched model: pass the whole conversation without past_key_values; generate() "
+                "takes images behind a cache"
             )
         images, inputs, clock = self._expected or self._arrived(given, encoded)
         pending = _Pending(images, inputs, clock, whole=self.session.keeps_all(images))

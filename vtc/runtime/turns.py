@@ -12,6 +12,7 @@ from torch import Tensor
 from vtc.errors import InputError, UnsupportedModeError
 from vtc.runtime.cache import CacheState, filled
 from vtc.runtime.images import Images
+from vtc.runtime.report import kv_lengths
 from vtc.runtime.session import Session, Short, following
 
 
@@ -82,6 +83,13 @@ def next_turn(
     behind = filled(kwargs["past_key_values"])
     if state is None:
         state = _uncompressed(session, ids, mask, behind)
+    if not session.cuts_layers and len(set(lengths := kv_lengths(kwargs["past_key_values"]))) > 1:
+        raise UnsupportedModeError(
+            f"the cache's layers hold different numbers of entries, {min(lengths)} to "
+            f"{max(lengths)}, expected one number: it was filled by a method that cuts between "
+            "layers; patch the model with that method, or pass the whole conversation without "
+            "past_key_values"
+        )
     if len(state.mask) != len(ids):
         raise InputError(
             f"generate() got {len(ids)} rows and a cache of {len(state.mask)}, expected the same: "
