@@ -80,6 +80,8 @@ def _demo(commands: Any) -> None:
 
 def _methods(commands: Any) -> None:
     p = _command(commands, "methods", "the methods and what they promise")
+    p.add_argument("--families", action="store_true", help="on which family each works, and where")
+    p.add_argument("--markdown", action="store_true", help="both as docs/methods.md has them")
     p.add_argument("--model", help="folder or hub id: also show which layers they read on it")
 
 

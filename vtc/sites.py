@@ -26,6 +26,8 @@ class Facts:
         patches_per_token: m, patches that become one LLM token.
         tiled: whether an image may be encoded as several crops or tiles.
         llm_depth: decoder layers.
+        first_layer_cut: the first decoder layer after which visual tokens can be dropped; later
+            than 0 where encoder features are added behind the first layers.
     """
 
     encoder_depth: int
@@ -34,6 +36,7 @@ class Facts:
     patches_per_token: int
     tiled: bool
     llm_depth: int
+    first_layer_cut: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,7 @@ class FlowCut(Method):
 
     In the LLM, after layer index 1: S of the visual tokens with q, v of the row's last token in
     place of [CLS], softmaxes over the image's visual keys alone and both scaled; T highest stay.
+    Where encoder features are added behind the first n layers (DeepStack), after layer n − 1.
 
     Code and paper. Notes on the paper have cosine similarity for g; the code's dot products are the
     rule here. Scores are float32 (official: the model's dtype), and 0·log 0 = 0 (official: NaN, or
@@ -80,10 +81,11 @@ class FlowCut(Method):
                 f"method {self.name!r} cuts between encoder blocks, expected features read after "
                 f"block 1 or later, got block {facts.tap}: choose a later feature layer"
             )
-        if self._cuts_later(facts.has_cls, facts.tiled) and facts.llm_depth < 3:
+        layer = max(1, facts.first_layer_cut)
+        if self._cuts_later(facts.has_cls, facts.tiled) and facts.llm_depth < layer + 2:
             raise SignalError(
-                f"method {self.name!r} cuts after decoder layer 1, expected an LLM of at least 3 "
-                f"layers, got {facts.llm_depth}: pass llm_cut='off'"
+                f"method {self.name!r} cuts after decoder layer {layer}, expected an LLM of at "
+                f"least {layer + 2} layers, got {facts.llm_depth}: pass llm_cut='off'"
             )
 
     def encoder_blocks(self, facts: Facts) -> tuple[int, ...]:
@@ -130,8 +132,9 @@ class FlowCut(Method):
         return found
 
     def llm_layers(self, facts: Facts) -> tuple[int, ...]:
-        """Layer index 1, at any depth (official `prune_layer`)."""
-        return (1,) if self._cuts_later(facts.has_cls, facts.tiled) else ()
+        """Layer index 1, at any depth (official `prune_layer`), or the first that can be."""
+        later = self._cuts_later(facts.has_cls, facts.tiled)
+        return (max(1, facts.first_layer_cut),) if later else ()
 
     def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
         """The tokens of each image that the row's last token looks at, `bool[G, N]`."""

@@ -33,6 +33,7 @@ def facts_of(adapter: Adapter) -> Facts:
         patches_per_token=adapter.patches_per_token,
         tiled=adapter.tiled,
         llm_depth=len(adapter.language_model.layers),  # type: ignore[arg-type]
+        first_layer_cut=max(adapter.deepstack_layers - 1, 0),
     )
 
 
