@@ -29,7 +29,7 @@ FAMILIES = ("llava", "llava_siglip", "llava_next", "llava_onevision", *QWEN, "in
 WITH_VIDEO = ("llava_onevision", *QWEN, "internvl")
 
 
-def text_config(layers: int = 4, **more: Any) -> dict[str, Any]:
+def text_config(layers: int, **more: Any) -> dict[str, Any]:
     """What all language models have in common."""
     return {
         "vocab_size": 100,
@@ -59,7 +59,7 @@ def tower_config(family: str, blocks: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def _llava(blocks: int, config: dict[str, Any], tower: str = "clip") -> Any:
+def _llava(blocks: int, layers: int, config: dict[str, Any], tower: str = "clip") -> Any:
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -71,7 +71,7 @@ def _llava(blocks: int, config: dict[str, Any], tower: str = "clip") -> Any:
     kind = CLIPVisionConfig if tower == "clip" else SiglipVisionConfig
     given = {
         "vision_config": kind(**tower_config("llava", blocks)),
-        "text_config": LlamaConfig(**text_config()),
+        "text_config": LlamaConfig(**text_config(layers)),
         "image_token_id": IMAGE,
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default" if tower == "clip" else "full",
@@ -79,11 +79,11 @@ def _llava(blocks: int, config: dict[str, Any], tower: str = "clip") -> Any:
     return LlavaForConditionalGeneration(LlavaConfig(**(given | config)))
 
 
-def _llava_siglip(blocks: int, config: dict[str, Any]) -> Any:
-    return _llava(blocks, config, tower="siglip")
+def _llava_siglip(blocks: int, layers: int, config: dict[str, Any]) -> Any:
+    return _llava(blocks, layers, config, tower="siglip")
 
 
-def _llava_next(blocks: int, config: dict[str, Any]) -> Any:
+def _llava_next(blocks: int, layers: int, config: dict[str, Any]) -> Any:
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -93,14 +93,14 @@ def _llava_next(blocks: int, config: dict[str, Any]) -> Any:
 
     given = {
         "vision_config": CLIPVisionConfig(**tower_config("llava_next", blocks)),
-        "text_config": LlamaConfig(**text_config()),
+        "text_config": LlamaConfig(**text_config(layers)),
         "image_token_id": IMAGE,
         "image_grid_pinpoints": PINPOINTS["llava_next"],
     }
     return LlavaNextForConditionalGeneration(LlavaNextConfig(**(given | config)))
 
 
-def _llava_onevision(blocks: int, config: dict[str, Any]) -> Any:
+def _llava_onevision(blocks: int, layers: int, config: dict[str, Any]) -> Any:
     from transformers import (
         LlavaOnevisionConfig,
         LlavaOnevisionForConditionalGeneration,
@@ -111,7 +111,7 @@ def _llava_onevision(blocks: int, config: dict[str, Any]) -> Any:
     tower = tower_config("llava_onevision", blocks, vision_use_head=False)
     given = {
         "vision_config": SiglipVisionConfig(**tower),
-        "text_config": Qwen2Config(**text_config()),
+        "text_config": Qwen2Config(**text_config(layers)),
         "image_token_id": IMAGE,
         "video_token_id": VIDEO,
         "image_grid_pinpoints": PINPOINTS["llava_onevision"],
@@ -146,13 +146,13 @@ def _rope(*sections: int, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
 
 
-def _qwen2_vl(blocks: int, config: dict[str, Any]) -> Any:
+def _qwen2_vl(blocks: int, layers: int, config: dict[str, Any]) -> Any:
     # hidden_size is that of the language model here, embed_dim the encoder's
     vision = {"depth": blocks, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
-    return _qwen("Qwen2VL", vision, text_config(rope_parameters=_rope(2, 3, 3)), config)
+    return _qwen("Qwen2VL", vision, text_config(layers, rope_parameters=_rope(2, 3, 3)), config)
 
 
-def _qwen2_5_vl(blocks: int, config: dict[str, Any]) -> Any:
+def _qwen2_5_vl(blocks: int, layers: int, config: dict[str, Any]) -> Any:
     vision = {
         "depth": blocks,
         "hidden_size": 64,
@@ -162,10 +162,10 @@ def _qwen2_5_vl(blocks: int, config: dict[str, Any]) -> Any:
         "fullatt_block_indexes": [2, blocks - 1],
         "tokens_per_second": 2,
     }
-    return _qwen("Qwen2_5_VL", vision, text_config(rope_parameters=_rope(2, 3, 3)), config)
+    return _qwen("Qwen2_5_VL", vision, text_config(layers, rope_parameters=_rope(2, 3, 3)), config)
 
 
-def _qwen3_vl(blocks: int, config: dict[str, Any]) -> Any:
+def _qwen3_vl(blocks: int, layers: int, config: dict[str, Any]) -> Any:
     vision = {
         "depth": blocks,
         "hidden_size": 64,
@@ -175,11 +175,11 @@ def _qwen3_vl(blocks: int, config: dict[str, Any]) -> Any:
         "deepstack_visual_indexes": [1, 3],
     }
     rope = _rope(4, 2, 2, mrope_interleaved=True)
-    text = text_config(layers=5, head_dim=16, rope_parameters=rope)
+    text = text_config(layers, head_dim=16, rope_parameters=rope)
     return _qwen("Qwen3VL", vision, text, config)
 
 
-def _internvl(blocks: int, config: dict[str, Any]) -> Any:
+def _internvl(blocks: int, layers: int, config: dict[str, Any]) -> Any:
     from transformers import (
         InternVLConfig,
         InternVLForConditionalGeneration,
@@ -191,7 +191,7 @@ def _internvl(blocks: int, config: dict[str, Any]) -> Any:
     tower = tower_config("internvl", blocks, layer_scale_init_value=1.0)
     given = {
         "vision_config": InternVLVisionConfig(**tower),
-        "text_config": Qwen2Config(**text_config()),
+        "text_config": Qwen2Config(**text_config(layers)),
         "image_token_id": IMAGE,
         "image_seq_length": side * side,
         "tie_word_embeddings": False,
@@ -199,7 +199,7 @@ def _internvl(blocks: int, config: dict[str, Any]) -> Any:
     return InternVLForConditionalGeneration(InternVLConfig(**(given | config)))
 
 
-_BUILDERS: dict[str, Callable[[int, dict[str, Any]], Any]] = {
+_BUILDERS: dict[str, Callable[[int, int, dict[str, Any]], Any]] = {
     "llava": _llava,
     "llava_siglip": _llava_siglip,
     "llava_next": _llava_next,
@@ -224,10 +224,14 @@ def _sharpen(model: Any) -> None:
             weight.normal_(std=0.2)
 
 
-def build_model(family: str, *, blocks: int = 6, seed: int = 10, **config: Any) -> Any:
-    """A model of `family`; `config` replaces arguments of its config."""
+def build_model(
+    family: str, *, blocks: int = 6, layers: int | None = None, seed: int = 10, **config: Any
+) -> Any:
+    """A model of `family` with this many encoder blocks and decoder layers (4, or what DeepStack
+    needs); `config` replaces arguments of its config."""
     torch.manual_seed(seed)
-    model = _BUILDERS[family](blocks, config)
+    layers = layers or (5 if family == "qwen3_vl" else 4)
+    model = _BUILDERS[family](blocks, layers, config)
     with torch.no_grad():
         _sharpen(model)
     model.generation_config.pad_token_id = PAD

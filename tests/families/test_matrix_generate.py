@@ -1,0 +1,92 @@
+"""Every family × method × way of generating equals the oracle of what the method declares."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vtc
+from tests.kit.matrix import (
+    FAMILIES,
+    MODES,
+    SPECS,
+    STATEMENTS,
+    WIDE,
+    Spec,
+    accepted,
+    cached_inputs,
+    cells,
+    patched,
+    run,
+    specs_of,
+    want,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*(do_sample|max_length).*")
+
+
+def compare(family: str, spec: Spec, mode: str, prompts: list[str]) -> None:
+    model = spec.model(family)
+    for prompt in prompts:
+        inputs = cached_inputs(family, prompt)
+        with patched(spec, family) as decision:
+            got = run(model, inputs, **MODES[mode])
+            made = decision()
+        assert torch.equal(got, want(spec, family, inputs, made, mode)), prompt
+
+
+def usable(family: str, spec: Spec, mode: str) -> list[str]:
+    return accepted(family, spec, batch=1 if mode == "prompt lookup" else None)
+
+
+@pytest.mark.parametrize("family, spec, mode", cells(SPECS, list(MODES)), ids=str)
+def test_generate_equals_the_oracle(family: str, spec: Spec, mode: str) -> None:
+    found = usable(family, spec, mode)
+    compare(family, spec, mode, found if mode == "greedy" else [p for p in found if p in WIDE])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "greedy"])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_equals_the_oracle_on_other_prompts(family: str, spec: Spec, mode: str) -> None:
+    compare(family, spec, mode, [p for p in usable(family, spec, mode) if p not in WIDE])
+
+
+def test_every_restatement_is_stated() -> None:
+    stated = {
+        name
+        for name in vtc.methods()
+        if vtc.method(name).exactness == "restatement" and vtc.method(name).site != "encoder"
+    }
+    assert stated == set(STATEMENTS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage_2_of_todre_acts_in_some_rows_and_not_in_others(family: str) -> None:
+    """Else its comparisons would show nothing."""
+    for spec in specs_of("todre"):
+        fired = []
+        for prompt in ("ragged", "mixed: two images, one image, text only"):
+            with patched(spec, family) as decision:
+                run(spec.model(family), cached_inputs(family, prompt), max_new_tokens=2)
+                made = decision()
+            (last,) = made.later.values()
+            fired += (last.slots == 0).tolist()
+        assert any(fired), spec
+        assert not all(fired) or dict(spec.options)["tau"] == 1.0, spec
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_what_is_dropped_matters(family: str, spec: Spec) -> None:
+    """Else equality would show nothing."""
+    if spec.name == "none":
+        return
+    model, differs = spec.model(family), False
+    for prompt in accepted(family, spec)[:3]:
+        inputs = cached_inputs(family, prompt)
+        with patched(spec, family):
+            got = run(model, inputs)
+        differs |= not torch.equal(got, run(model, inputs))
+    assert differs

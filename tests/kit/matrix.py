@@ -1,0 +1,257 @@
+"""Every family, every method of the registry and every way of running: what is compared with what,
+what is refused, and which cells the default run covers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtc
+from vtc.errors import UnsupportedModeError, VtcError
+from vtc.types import Selection
+
+from . import plain
+from .fed import Fed, arguments, deepstack, fed, recorded
+from .models import FAMILIES, PLACEHOLDERS, build_model
+from .oracle import kept_columns, masked, masked_from_layer, rows_expanded_by_hand
+from .prompts import Inputs, build_inputs, prompts
+
+model_of = cache(build_model)
+cached_inputs = cache(lambda family, prompt: build_inputs(family, prompts(family)[prompt]))
+
+MIXED = "mixed: two images, one image, text only"
+BOTH = "image and video, video, text only"
+# the prompts of the default run; one of one row each for what takes one row, and where a family
+# or method refuses the others
+WIDE = ("batch 1", MIXED, BOTH)
+# a family of each lineage is run in full by default
+FULL = ("llava_next", "qwen3_vl", "internvl")
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampled twice": {"do_sample": True, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "prompt lookup": {"prompt_lookup_num_tokens": 2},
+    "no cache": {"use_cache": False},
+}
+# what the oracle runs for those: the result does not depend on speculation, nor on a cache
+SAME_AS = {"prompt lookup": "greedy"}
+
+# options that are worth a run of their own; `tau` is one of TAU
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "todre": (
+        {"tau": "between"},
+        {"tau": 1.0, "objective": "k_center"},
+        {"tau": "between", "stage1": False},
+    ),
+}
+# decoder layers where four are too few: 7L/8 leaves one without visual tokens
+LAYERS = {"todre": 8}
+KEEP = 0.4
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A method with options and what it keeps."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+    layers: int | None = None
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{k}={v}" for k, v in self.options)])
+
+    def method(self, family: str) -> vtc.Method:
+        """The method for a model of this family."""
+        options = dict(self.options)
+        if options.get("tau") == "between":
+            options["tau"] = TAU[family][options.get("stage1", True) is False]
+        return vtc.method(self.name, **options)
+
+    @property
+    def keep(self) -> float | None:
+        """What it keeps in the matrix."""
+        kind = self.method(FAMILIES[0])
+        return None if kind.name == "none" or kind.count == "adaptive" else KEEP
+
+    def model(self, family: str) -> Any:
+        """The stock model it is tried on."""
+        return model_of(family) if self.layers is None else model_of(family, layers=self.layers)
+
+
+def specs_of(name: str) -> list[Spec]:
+    """The runs of one method."""
+    made = [tuple(options.items()) for options in VARIANTS.get(name, ({},))]
+    return [Spec(name, options, LAYERS.get(name)) for options in made]
+
+
+SPECS = [spec for name in vtc.methods() for spec in specs_of(name)]
+
+# between the attention that some rows of MIXED or "ragged" pay to their images and what others do:
+# to what stage 1 left, and to all
+TAU = {
+    "llava": (0.61, 0.755),
+    "llava_siglip": (0.76, 0.90),
+    "llava_next": (0.58, 0.77),
+    "llava_onevision": (0.60, 0.73),
+    "qwen2_vl": (0.55, 0.70),
+    "qwen2_5_vl": (0.50, 0.74),
+    "qwen3_vl": (0.58, 0.75),
+    "internvl": (0.60, 0.78),
+}
+
+# independent statements of methods that are not a mask
+STATEMENTS: dict[str, Callable[..., tuple[Fed, Tensor]]] = {
+    "average_pool": plain.average_pool,
+    "downsample": plain.downsample,
+}
+
+Refusal = tuple[type[VtcError], str]
+_POOLED: Refusal = (UnsupportedModeError, "got a video of which its frames are pooled, one token")
+_SMALLER: Refusal = (UnsupportedModeError, "got a image of which its canvas of crops is made small")
+# (family, method, prompt): everything that is refused in the matrix
+REFUSED: dict[tuple[str, str, str], Refusal] = {
+    ("llava_onevision", "flowcut", "ragged"): _SMALLER,
+    ("llava_onevision", "flowcut", MIXED): _SMALLER,
+    ("llava_onevision", "flowcut", "video"): _POOLED,
+    # the first that is looked at says why
+    ("llava_onevision", "flowcut", BOTH): _SMALLER,
+    ("llava_onevision", "flowcut", "video and image, image"): _POOLED,
+}
+
+
+def accepted(family: str, spec: Spec, *, batch: int | None = None) -> list[str]:
+    """The prompts that are not refused, or those of them of so many rows."""
+    return [
+        prompt
+        for prompt, rows in prompts(family).items()
+        if (family, spec.name, prompt) not in REFUSED and batch in (None, len(rows))
+    ]
+
+
+@dataclass
+class Decision:
+    """What a compressed run decided.
+
+    Attributes:
+        first: what reached the language model.
+        later: what cuts between decoder layers left, by layer.
+        said: what the encoder said.
+    """
+
+    first: Selection | None
+    later: dict[int, Selection]
+    report: Any
+    said: list[Any] = field(default_factory=list)
+
+
+@contextmanager
+def patched(
+    spec: Spec, family: str, keep: Any = "its own", **options: Any
+) -> Iterator[Callable[[], Decision]]:
+    """The family's model with the method on it; calling what is given tells its last decision."""
+    model, chosen = spec.model(family), spec.keep if keep == "its own" else keep
+    with recorded(model) as said, vtc.patch(model, spec.method(family), chosen, **options) as patch:
+
+        def decision() -> Decision:
+            call, heard = patch._session.last, list(said)
+            said.clear()
+            if call is None:
+                return Decision(None, {}, None)
+            later = dict(sorted(call.later.items()))
+            assert patch.selections[-len(later) :] == list(later.values()) or not later
+            return Decision(call.selection, later, patch.report(), heard)
+
+        yield decision
+
+
+def run(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
+    """The tokens that generate adds."""
+    torch.manual_seed(3)
+    given = {"max_new_tokens": 5, "suppress_tokens": PLACEHOLDERS, "do_sample": False, **options}
+    out = model.generate(**inputs, **given)
+    if "input_ids" not in inputs or not isinstance(out, Tensor):
+        return out
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def run_fed(model: Any, given: Fed, **options: Any) -> Tensor:
+    """The tokens that the stock generate adds to embeddings."""
+    with deepstack(model, given):
+        return run(model, arguments(given), **options)
+
+
+@contextmanager
+def later_masks(
+    model: Any, family: str, inputs: Inputs, later: Mapping[int, Selection]
+) -> Iterator[None]:
+    """Within it decoder layers behind each cut do not attend to what it dropped."""
+    with ExitStack() as stack:
+        for layer, selection in later.items():
+            kept = kept_columns(model, family, inputs, selection)
+            stack.enter_context(masked_from_layer(model, layer + 1, kept))
+        yield
+
+
+def statement(
+    model: Any, spec: Spec, family: str, inputs: Inputs, decision: Decision
+) -> tuple[Fed, Tensor]:
+    """What the language model gets in full length, and which columns of it `[B, S]`."""
+    method = spec.method(family)
+    if method.site == "encoder":
+        given = fed(model, inputs, decision.said)
+    else:
+        given = fed(model, inputs)
+        if method.exactness == "restatement":
+            return STATEMENTS[spec.name](model, family, inputs, given, spec.keep)
+    assert decision.first is not None
+    return given, kept_columns(model, family, inputs, decision.first)
+
+
+def by_mask(spec: Spec, family: str) -> bool:
+    """Whether the stock model with a mask is the oracle."""
+    return spec.method(family).exactness in ("mask", "layer_mask")
+
+
+def want(spec: Spec, family: str, inputs: Inputs, decision: Decision, mode: str) -> Tensor:
+    """What the oracle of the method's declared exactness adds."""
+    model, options = spec.model(family), MODES[SAME_AS.get(mode, mode)]
+    with rows_expanded_by_hand(model, family), later_masks(model, family, inputs, decision.later):
+        if by_mask(spec, family):
+            assert decision.first is not None
+            return run(model, masked(model, family, inputs, decision.first), **options)
+        given, kept = statement(model, spec, family, inputs, decision)
+        return run_fed(model, given.masked(kept), **options)
+
+
+def cells(*axes: Sequence[Any]) -> list[Any]:
+    """Every family with every combination of the axes; slow, beyond those that the default run
+    covers: the families of `FULL` with all, of the others each value of each axis once."""
+    out = []
+    for f, family in enumerate(FAMILIES):
+        chosen = _pairs(f, *axes)
+        for cell in _combinations(axes):
+            marks = () if family in FULL or cell in chosen else (pytest.mark.slow,)
+            out.append(pytest.param(family, *cell, marks=marks))
+    return out
+
+
+def _combinations(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    found: list[tuple[Any, ...]] = [()]
+    for axis in axes:
+        found = [(*cell, value) for cell in found for value in axis]
+    return found
+
+
+def _pairs(shift: int, *axes: Sequence[Any]) -> set[tuple[Any, ...]]:
+    most = max(map(len, axes))
+    return {
+        tuple(axis[(i + a * shift) % len(axis)] for a, axis in enumerate(axes)) for i in range(most)
+    }
