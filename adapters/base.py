@@ -137,6 +137,11 @@ class Adapter(ABC):
         """How many decoder layers have visual features added behind them."""
         return 0
 
+    @property
+    def newline(self) -> Tensor | None:
+        """What stands at a newline token `[D]`; None in families without any."""
+        return None
+
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether pixels come with these keyword inputs of the model."""
         return any(inputs.get(name) is not None for name in self.pixel_inputs)

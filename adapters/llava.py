@@ -149,6 +149,11 @@ class LlavaNextAdapter(LlavaAdapter):
     supported: ClassVar[str] = "LlavaNextForConditionalGeneration (LLaVA-NeXT)"
     tiled: ClassVar[bool] = True
 
+    @property
+    def newline(self) -> Tensor:
+        """A weight of the model."""
+        return self.model.model.image_newline  # type: ignore[no-any-return]
+
     def _side(self) -> int:
         return int(self.model.config.vision_config.image_size) // self._patch()
 

@@ -336,6 +336,9 @@ class Session:
         compaction = plan(images, selection, mask, self.policy)
         appended = None
         if small is not None:
+            if len(images.newlines) and (newline := self.adapter.newline) is not None:
+                at = images.to(embeds.device).newlines
+                embeds = embeds.index_put((at[:, 0], at[:, 1]), newline.to(embeds))
             appended = by_row(small, images.rows, len(embeds))
             embeds = F.pad(embeds, (0, appended.shape[-1] - embeds.shape[-1]))
         elif selection.merge is not None:
