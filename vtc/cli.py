@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(commands: Any) -> None:
     p = _command(commands, "demo", "answer a question about a picture and draw what was kept")
-    p.add_argument("--model", help="folder or hub id (default: the testbed's model)")
+    p.add_argument("--model", help="folder, hub id, or a model of the testbed (default: llava)")
     p.add_argument("--image", type=Path, help="a picture (default: a scene of the testbed)")
     p.add_argument("--question", help="default: the scene's own")
     p.add_argument("--scene", type=_whole(0), default=0, help="which scene (default: %(default)s)")
@@ -109,7 +109,7 @@ def _sweep(commands: Any) -> None:
     p = _command(commands, "sweep", "methods x keep: accuracy against tokens kept, as a report")
     # what is not given is left out, so that the defaults are written in one place
     p.argument_default = argparse.SUPPRESS
-    p.add_argument("--model", help="folder or hub id (default: the testbed's model)")
+    p.add_argument("--model", help="folder, hub id, or a model of the testbed (default: llava)")
     out = "folder of the results; a second run goes on there"
     p.add_argument("--out", type=Path, help=f"{out} {by_default('out')}")
     methods = f"{_METHOD}; the baselines are added {by_default('methods')}"

@@ -40,6 +40,7 @@ def overlay(
     group: int = 0,
     evidence: Iterable[Box] | None = None,
     frame: int = 0,
+    part: int = -1,
 ) -> Image.Image:
     """The picture with kept tokens in full color and dropped ones gray and dark.
 
@@ -51,11 +52,13 @@ def overlay(
         group: which of its groups.
         evidence: boxes (x0, y0, x1, y1) in pixels of `image`, outlined.
         frame: which frame of a video group.
+        part: which part of an image of several: by default the last, which shows all of the picture
+            (the canvas of crops, or the thumbnail behind the tiles).
 
     Raises:
-        InputError: no such group or frame, or its tokens are not a full grid.
+        InputError: no such group, part or frame, or its tokens are not a full grid.
     """
-    tokens, grid = _tokens(selection, group, frame)
+    tokens, grid = _tokens(selection, group, frame, part)
     big, factor = _enlarged(image)
     cells = _cells(big.size, grid)
     kept = selection.mask()[group].cpu().numpy()[tokens][cells][..., None]
@@ -69,7 +72,7 @@ def overlay(
 
 
 def score_map(
-    image: Image.Image, selection: Selection, group: int = 0, frame: int = 0
+    image: Image.Image, selection: Selection, group: int = 0, frame: int = 0, part: int = -1
 ) -> Image.Image:
     """The scores as a heat map over the gray picture: dark blue is the lowest, yellow the highest.
 
@@ -84,7 +87,7 @@ def score_map(
             "the selection holds no scores, expected one per token: its method does not score "
             "tokens; draw overlay() instead"
         )
-    tokens, grid = _tokens(selection, group, frame)
+    tokens, grid = _tokens(selection, group, frame, part)
     big, _ = _enlarged(image)
     heat = _heat(selection.scores[group].float().cpu().numpy()[tokens])
     gray = _gray(np.asarray(big, dtype=np.float32))
@@ -97,12 +100,11 @@ def score_map(
 def as_seen(image: Image.Image, processor: Any) -> Image.Image:
     """The picture that reaches the encoder: resized and cropped by the processor, not normalized.
 
+    Processors that cut it into tiles, crops or packed patches show all of it: it stays as it is.
+
     Args:
         image: any picture.
         processor: the model's processor, or its image processor.
-
-    Raises:
-        InputError: the processor does not make one picture of it (it cuts crops or patches).
     """
     prepare = getattr(processor, "image_processor", processor)
     out = prepare(
@@ -110,10 +112,7 @@ def as_seen(image: Image.Image, processor: Any) -> Image.Image:
     )
     pixels = np.asarray(out["pixel_values"])
     if pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
-        raise InputError(
-            f"{type(prepare).__name__} made pixels of shape {pixels.shape} of one picture, "
-            f"expected (1, 3, height, width): cut the group's own picture and pass that"
-        )
+        return image.convert("RGB")
     return _picture(pixels[0].transpose(1, 2, 0).astype(np.float32))
 
 
@@ -143,20 +142,45 @@ def side_by_side(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.
     return sheet
 
 
-def _tokens(selection: Selection, group: int, frame: int) -> tuple[slice, tuple[int, int]]:
-    """Which tokens of a group belong to a frame, and their grid (h, w)."""
+def last_left(selections: Sequence[Selection]) -> Selection:
+    """Of the decisions of one call, the last that left any token: what the answer is made of.
+
+    Raises:
+        InputError: there is none.
+    """
+    left = [s for s in selections if int(s.slots.sum())]
+    if not left:
+        raise InputError(
+            f"got {len(selections)} selections and none that kept a token, expected one: run the "
+            "patched model on a picture"
+        )
+    return left[-1]
+
+
+def _tokens(
+    selection: Selection, group: int, frame: int, part: int
+) -> tuple[slice, tuple[int, int]]:
+    """Which tokens of a group belong to a frame of a part, and their grid (h, w)."""
     groups = len(selection.lengths)
     if not 0 <= group < groups:
         raise InputError(f"group={group} does not exist, expected 0..{groups - 1}")
-    (t, h, w), n = selection.grid[group], selection.lengths[group]
-    if n != t * h * w:
+    grids = (selection.grid[group],) if selection.parts is None else selection.parts[group]
+    sizes, n = [t * h * w for t, h, w in grids], selection.lengths[group]
+    if n != sum(sizes):
         raise InputError(
-            f"group {group} has {n} tokens on a grid {(t, h, w)}, expected {t * h * w}: only a "
+            f"group {group} has {n} tokens on {_grids(grids)}, expected {sum(sizes)}: only a "
             f"full grid can be drawn"
         )
+    if not -len(grids) <= part < len(grids):
+        raise InputError(f"part={part} does not exist, expected 0..{len(grids) - 1}")
+    start, (t, h, w) = sum(sizes[: part % len(grids)]), grids[part]
     if not 0 <= frame < t:
         raise InputError(f"frame={frame} does not exist, expected 0..{t - 1}")
-    return slice(frame * h * w, (frame + 1) * h * w), (h, w)
+    return slice(start + frame * h * w, start + (frame + 1) * h * w), (h, w)
+
+
+def _grids(grids: Sequence[tuple[int, int, int]]) -> str:
+    return f"a grid {grids[0]}" if len(grids) == 1 else f"grids {tuple(grids)}"
 
 
 def _slots(selection: Selection, group: int) -> NDArray[Any]:

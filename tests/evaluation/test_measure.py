@@ -83,13 +83,14 @@ def test_means_are_over_the_samples_that_have_a_number():
 
 
 class Report:
-    visual_tokens, llm_tokens = (196, 100, 196), (22, 50, 98)
+    visual_tokens, llm_tokens = (196, 100, 196), (22, 60, 98)
+    kept_tokens = (22, 50, 98)
     encoder_ms = selector_ms = ttft_ms = tpot_ms = kv_bytes = peak_memory_bytes = 1.0
 
 
 def test_a_sample_counts_its_own_pictures_and_only_alone_has_times():
     found = token_numbers(Report, range(1, 3), alone=False)
-    assert (found["visual_tokens"], found["llm_tokens"]) == (296, 148)
+    assert (found["visual_tokens"], found["llm_tokens"], found["kept_tokens"]) == (296, 158, 148)
     assert found["kept_fraction"] == 0.5 and found["ttft_ms"] is None
     assert token_numbers(Report, range(1), alone=True)["ttft_ms"] == 1.0
 

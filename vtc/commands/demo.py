@@ -118,7 +118,7 @@ def _draw(ask: Ask, processor: Any, selections: list[vtc.Selection]) -> Image.Im
         return seen
     # a processor that crops moves the picture under the boxes
     evidence = ask.evidence if seen.size == ask.image.size else ()
-    return viz.overlay(seen, selections[-1], evidence=evidence)
+    return viz.overlay(seen, viz.last_left(selections), evidence=evidence)
 
 
 def _page(found: dict[str, Any]) -> str:

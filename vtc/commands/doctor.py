@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         _gpu(),
         _kernels(),
         *_families(),
-        _testbed(),
+        *_testbed(),
         *_shadows(),
     ]
     if args.model is not None:
@@ -107,16 +107,21 @@ def _families() -> list[Finding]:
     return [Finding("can patch", "ok", name) for name in supported_models()]
 
 
-def _testbed() -> Finding:
-    from vtc import testbed
+def _testbed() -> list[Finding]:
+    from vtc.testbed.model import FAMILIES, model_folder
 
-    folder = testbed.model_folder("llava")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        fix = "install a wheel that has it, or train it: benchmarks/train_testbed.py"
-        return Finding("testbed model", "broken", "not in this installation", fix)
-    size = sum(w.stat().st_size for w in weights) / 2**20
-    return Finding("testbed model", "ok", f"llava, {size:.0f} MiB")
+    found = []
+    for family in FAMILIES:
+        folder = model_folder(family)
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights or not (folder / "config.json").is_file():
+            fix = "install a wheel that has it, or train it: benchmarks/train_testbed.py"
+            text = f"{family}: not in this installation"
+            found.append(Finding("testbed model", "broken", text, fix))
+            continue
+        size = sum(w.stat().st_size for w in weights) / 2**20
+        found.append(Finding("testbed model", "ok", f"{family}, {size:.0f} MiB"))
+    return found
 
 
 def _shadows() -> list[Finding]:

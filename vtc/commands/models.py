@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vtc.errors import InputError, OptionError, VtcError
+from vtc.testbed.model import FAMILIES, model_folder
 
 
 def quiet() -> None:
@@ -26,14 +27,14 @@ def name_of(model: str | None) -> str:
     """A name as `from_pretrained` takes it: a folder with a model, or a hub id.
 
     Args:
-        model: the name as given; None: the testbed's model.
+        model: the name as given, or a family of the testbed; None: the testbed's first.
 
     Raises:
         InputError: a folder that does not exist or holds no model.
         VtcError: the testbed's model is not installed.
     """
-    if model is None:
-        return _testbed()
+    if model is None or model in FAMILIES:
+        return _testbed(model or FAMILIES[0])
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -99,10 +100,8 @@ def _look_up(model: str) -> None:
         ) from None
 
 
-def _testbed() -> str:
-    from vtc.testbed import model_folder
-
-    folder = model_folder("llava")
+def _testbed(family: str) -> str:
+    folder = model_folder(family)
     if not (folder / "config.json").is_file():
         raise VtcError(
             "the testbed's model is not in this installation, expected it as package data: name a "

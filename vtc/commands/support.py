@@ -79,9 +79,7 @@ def support(method: Method, adapter: Adapter) -> Support:
         return Support("", str(error))
     where = [SITES[method.site]]
     if blocks := tower.signals.blocks:
-        where[0] += (
-            f" (reads {'blocks' if len(blocks) > 1 else 'block'} {_span(blocks)} of {tower.facts.encoder_depth})"
-        )
+        where[0] += f" (reads {_span(blocks)} of {tower.facts.encoder_depth} blocks)"
     if tower.cuts is not None:
         where[0] += f" (blocks {_span(tuple(sorted(tower.cuts.blocks)))})"
     where += [f"after decoder layer {layer} of {tower.facts.llm_depth}" for layer in later]

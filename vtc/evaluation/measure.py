@@ -38,11 +38,12 @@ def token_numbers(report: Any, images: range, alone: bool) -> Numbers:
         alone: the call held this sample only and was warm, so that its times are its own.
     """
     visual = sum(report.visual_tokens[i] for i in images)
-    llm = sum(report.llm_tokens[i] for i in images)
+    kept = sum(report.kept_tokens[i] for i in images)
     numbers: Numbers = {
         "visual_tokens": visual,
-        "llm_tokens": llm,
-        "kept_fraction": llm / visual if visual else None,
+        "llm_tokens": sum(report.llm_tokens[i] for i in images),
+        "kept_tokens": kept,
+        "kept_fraction": kept / visual if visual else None,
     }
     for name in (*TIMES, *MEMORY):
         numbers[name] = getattr(report, name) if alone else None
@@ -68,9 +69,10 @@ def evidence_numbers(
         both say nothing: no boxes, no selection, or the picture is several crops.
     """
     boxes = _boxes(doc)
-    if not boxes or not selections:
+    left = [s for s in selections if s.merge is not None or int(s.slots.sum())]
+    if not boxes or not left:
         return {}
-    selection = selections[-1]
+    selection = left[-1]
     groups = (selection.parent[:, 0] == image).nonzero()[:, 0].tolist()
     if len(groups) != 1:
         return {}

@@ -113,9 +113,11 @@ def _selection(sample: pd.Series, row: Row, loaded: Loaded, image: Image.Image) 
     )
     inputs = loaded.processor(images=[image], text=[text], return_tensors="pt")
     inputs = inputs.to(loaded.model.device, loaded.model.dtype)
+    from vtc.viz import last_left
+
     with quiet(), compression.patch(loaded.model) as handle:
         loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        selection: Selection = handle.selections[-1]
+        selection: Selection = last_left(handle.selections)
     return selection
 
 

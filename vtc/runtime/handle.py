@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from torch import nn
 
 from vtc import ops
-from vtc.adapters.registry import adapter_of
+from vtc.adapters.registry import adapter_of, stock_of
 from vtc.errors import OptionError, PatchError, UnsupportedModeError
 from vtc.methods.base import Method, Positions
 from vtc.methods.registry import method as build_method
@@ -150,7 +150,7 @@ class Handle:
         """The picture with what the last call kept of it; `group` counts the images of the call."""
         from vtc import viz
 
-        return viz.overlay(image, self.selections[-1], group=group)
+        return viz.overlay(image, viz.last_left(self.selections), group=group)
 
 
 def patch(
@@ -168,7 +168,8 @@ def patch(
     removed.
 
     Args:
-        model: e.g. a `LlavaForConditionalGeneration`.
+        model: e.g. a `LlavaForConditionalGeneration`; of one that PEFT wrapped, the model inside is
+            patched.
         method: a name from `vtc.methods()`, or a `Method` object.
         keep: what is kept of each image: a float in (0, 1] is a fraction, an int >= 1 is tokens.
         positions: position ids of what remains: `"keep"` the original ones, `"renumber"` them,
@@ -197,7 +198,7 @@ def patch(
         raise OptionError(f"seed={seed!r} is a {type(seed).__name__}, expected an int")
     backend = ops.choose_backend(kernels)
     adapter = adapter_of(model)
-    if (patched := _handle_of(model)) is not None:
+    if (patched := _handle_of(adapter.model)) is not None:
         raise PatchError(
             f"this model is patched already with {patched.method!r}; call vtc.unpatch(model) "
             "first, or handle.set(keep=...) to change the budget"
@@ -213,7 +214,7 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         PatchError: the model is not patched.
     """
-    handle = _handle_of(model)
+    handle = _handle_of(stock_of(model))
     if handle is None:
         raise PatchError(
             f"this {type(model).__name__} is not patched; expected one that vtc.patch was called on"
