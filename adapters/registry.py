@@ -9,7 +9,7 @@ from vtc.adapters.base import Adapter
 from vtc.adapters.internvl import InternVLAdapter
 from vtc.adapters.llava import LlavaAdapter, LlavaNextAdapter, LlavaOnevisionAdapter
 from vtc.adapters.qwen_vl import Qwen2VLAdapter, Qwen3VLAdapter, Qwen25VLAdapter
-from vtc.errors import UnsupportedModelError, UnsupportedModeError
+from vtc.errors import UnsupportedModeError, UnsupportedModelError
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     LlavaAdapter,

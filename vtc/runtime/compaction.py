@@ -73,11 +73,13 @@ class Compaction:
         So what follows an image is predicted from its last surviving token, as in the short
         sequence.
         """
-        entry = torch.arange(self.index.shape[1], device=hidden.device).expand_as(self.index)
-        first = self.valid.int().argmax(-1, keepdim=True)
+        # the last layer of a model spread over devices is elsewhere than its embeddings
+        columns, valid = self.columns.to(hidden.device), self.valid.to(hidden.device)
+        entry = torch.arange(columns.shape[1], device=hidden.device).expand_as(columns)
+        first = valid.int().argmax(-1, keepdim=True)
         last = hidden.new_full((len(hidden), self.length), -1, dtype=torch.long)
-        where = self.columns.masked_fill(~self.valid, 0)
-        last.scatter_reduce_(1, where, entry.masked_fill(~self.valid, -1), "amax")
+        where = columns.masked_fill(~valid, 0)
+        last.scatter_reduce_(1, where, entry.masked_fill(~valid, -1), "amax")
         last = torch.maximum(last.cummax(-1).values, first)
         return ops.compact(hidden, last, torch.ones_like(last, dtype=torch.bool))
 

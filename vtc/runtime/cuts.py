@@ -99,8 +99,10 @@ class EncoderCuts:
             run = self._runs.pop(0)
             self._layout, self._carry = kind(self.encoder, run, hidden), {}
             hidden = self._layout.ordered(hidden)
-        elif self._layout is not None and block - 1 in self.blocks:
-            hidden = self._decided(self._layout, block - 1, hidden)
+        elif self._layout is not None:
+            self._layout.follow(hidden.device)
+            if block - 1 in self.blocks:
+                hidden = self._decided(self._layout, block - 1, hidden)
         self._seen.clear()
         if (layout := self._layout) is None:
             return args, kwargs
@@ -113,7 +115,7 @@ class EncoderCuts:
             self._seen.append((query, key, value, scale))
 
     def _mask(self, query: Tensor) -> Tensor | None:
-        return self._layout.mask(query.dtype) if self._layout is not None else None
+        return self._layout.mask(query) if self._layout is not None else None
 
     def _decided(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> Tensor:
         run = layout.run
@@ -132,7 +134,7 @@ class EncoderCuts:
             key=key,
             value=value,
             scale=self._seen[0][3],
-            carry=self._carry,
+            carry={name: x.to(hidden.device) for name, x in self._carry.items()},
             video=tuple(v.video for v in run.visuals),
         )
         with torch.no_grad():
@@ -164,6 +166,7 @@ class EncoderCuts:
     def _at_joint(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not isinstance(self._layout, PackedLayout):
             return args
+        self._layout.follow(args[0].device)
         return (self._layout.restored(args[0]), *args[1:])
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -16,6 +16,8 @@ from vtc.runtime.rows import Run
 class _Layout:
     """Units of each row that are left. R rows, U units of each (padded), m patches per unit."""
 
+    moving: tuple[str, ...] = ("index", "valid")
+
     def __init__(self, encoder: Encoder, run: Run, widths: Tensor, device: torch.device) -> None:
         self.run, self.encoder, self.device = run, encoder, device
         self.m = run.patches_per_unit
@@ -26,6 +28,14 @@ class _Layout:
         self.index = self.index.masked_fill(~self.valid, 0)
         self.ragged = False
         self._in_force: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def follow(self, device: torch.device) -> None:
+        """Go where the next block's input is: a tower may be spread over devices."""
+        if device != self.device:
+            self.device = device
+            for name in self.moving:
+                setattr(self, name, getattr(self, name).to(device))
+            self.__dict__.pop("token_units", None)
 
     def entering(self, block: int) -> None:
         """Note what is left as the state within `block`."""
@@ -55,7 +65,7 @@ class _Layout:
 
     def alive(self, block: int) -> Tensor:
         """`bool[R, U]` over all units: those that were left within `block`."""
-        index, valid = self._in_force[block]
+        index, valid = (x.to(self.device) for x in self._in_force[block])
         alive = torch.zeros(len(index), self.full + 1, dtype=torch.bool, device=self.device)
         alive.scatter_(1, index.masked_fill(~valid, self.full), True)
         return alive[:, :-1]
@@ -76,13 +86,15 @@ class _Layout:
         """The keyword arguments of a block for what is left."""
         return kwargs
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """What attention needs to leave out padding."""
+    def mask(self, query: Tensor) -> Tensor | None:
+        """What attention of `query` needs to leave out padding."""
         return None
 
 
 class RowLayout(_Layout):
     """Rows `[R, c + P, width]`, c = 1 with a [CLS]; the patches of a unit are moved together."""
+
+    moving = ("index", "valid", "raster")
 
     def __init__(self, encoder: Encoder, run: Run, hidden: Tensor) -> None:
         self.first = int(encoder.has_cls)
@@ -126,14 +138,14 @@ class RowLayout(_Layout):
         body = body[rows, order].masked_fill(~self.valid[..., None, None], 0).flatten(1, 2)
         return torch.cat([hidden[:, : self.first], body], 1), order
 
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, query: Tensor) -> Tensor | None:
         """Additive, where rows have different lengths."""
         if not self.ragged:
             return None
         seen = self.valid.repeat_interleave(self.m, 1)
         seen = torch.nn.functional.pad(seen, (self.first, 0), value=True)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]
+        mask = query.new_zeros(seen.shape)
+        return mask.masked_fill(~seen.to(mask.device), torch.finfo(mask.dtype).min)[:, None, None]
 
     def restore_outputs(self, output: Any) -> None:
         """Fill up the hidden states that the tower gives, in place."""
@@ -147,10 +159,12 @@ class RowLayout(_Layout):
             )
 
     def _filled(self, hidden: Tensor, block: int) -> Tensor:
-        index, valid = self._in_force[block]
+        index, valid = (x.to(hidden.device) for x in self._in_force[block])
         body = hidden[:, self.first :].unflatten(1, (-1, self.m))
         out = body.new_zeros(len(body), self.total + 1, body.shape[-1])
-        places = self.raster[index].masked_fill(~valid[..., None], self.total)  # [R, K, m]
+        places = self.raster.to(index.device)[index].masked_fill(
+            ~valid[..., None], self.total
+        )  # [R, K, m]
         rows = torch.arange(len(body), device=body.device)[:, None]
         out = out.index_put((rows, places.flatten(1)), body.flatten(1, 2))
         return torch.cat([hidden[:, : self.first], out[:, :-1]], 1)
@@ -158,6 +172,8 @@ class RowLayout(_Layout):
 
 class PackedLayout(_Layout):
     """One sequence `[T, width]` in which rows stand one behind the other, or in windows."""
+
+    moving = ("index", "valid", "at", "places", "where")
 
     def __init__(self, encoder: Encoder, run: Run, hidden: Tensor) -> None:
         super().__init__(encoder, run, run.lengths, hidden.device)

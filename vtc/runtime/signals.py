@@ -127,7 +127,9 @@ class EncoderSignals:
                 )
             parts: list[Tensor] = []
             for i, run in enumerate(runs):
-                rows = torch.stack([self._found[b, kind][i] for b in window])  # [L, R, U]
-                parts += run.to_tokens(rows)
+                # blocks of a tower spread over devices leave them in several places
+                device = self._found[window[-1], kind][i].device
+                rows = torch.stack([self._found[b, kind][i].to(device) for b in window])
+                parts += run.to_tokens(rows)  # [L, R, U]
             out[signal.key] = parts
         return out
