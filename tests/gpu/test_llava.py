@@ -9,8 +9,11 @@ import torch
 
 import vtc
 from vtc.adapters.registry import adapter_of
-from vtc.runtime.probe import EncoderSignals
-from vtc.types import Signal
+from vtc.methods.vtc_cls import VtcCls
+from vtc.runtime.images import find_images
+from vtc.runtime.tower import Tower
+from vtc.scorers import ClsAttention
+from vtc.types import Budget, Signal
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,13 +90,15 @@ def test_loss_equals_the_oracle(llava: Any, make_inputs: Any, oracle: Any) -> No
 
 @torch.no_grad()
 def test_probes_leave_the_tower_bit_identical(llava: Any, make_inputs: Any) -> None:
-    pixels, model = make_inputs(ROWS)["pixel_values"].cuda().bfloat16(), llava.cuda().bfloat16()
-    signals = EncoderSignals(adapter_of(model).encoder(), (Signal("cls_row", range(6)),))
+    inputs, model = to_cuda(make_inputs(ROWS)), llava.cuda().bfloat16()
+    pixels, adapter = inputs["pixel_values"].bfloat16(), adapter_of(model)
+    tower = Tower(adapter, VtcCls(scorer=ClsAttention(Signal("cls_row", range(6)))))
+    images = find_images(adapter, inputs, inputs["input_ids"] == 90, None)
     want = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    with signals.recording():
+    with tower.recording(images, inputs, Budget(1)):
         got = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert signals.read(36)["cls_row"].shape == (3, 6, 36)
+    assert tower.read()["cls_row"].shape == (3, 6, 36)
 
 
 def test_report_measures_on_the_device(llava: Any, make_inputs: Any) -> None:

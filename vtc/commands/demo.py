@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         with vtc.patch(model, method, keep, positions=args.positions, seed=args.seed) as handle:
             answer = _answer(model, processor, inputs, args.max_new_tokens)
             report = handle.report()
-            _draw(ask, processor, handle.selections).save(temporary)
+            _draw(ask, processor, handle.token_selections).save(temporary)
     found = {
         "picture": ask.source,
         "question": ask.question,

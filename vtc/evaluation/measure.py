@@ -60,7 +60,7 @@ def evidence_numbers(
     Args:
         doc: the question; `doc["evidence"]` holds boxes (x0, y0, x1, y1) in pixels of its picture.
         size: (width, height) of the picture.
-        selections: `handle.selections` of the call that has just returned.
+        selections: `handle.token_selections` of the call that has just returned.
         image: the picture's number in the call.
 
     Returns:

@@ -229,7 +229,7 @@ class Vtc(lmms):  # type: ignore[misc]
             if pictures:
                 numbers = token_numbers(report, range(start, end), alone=len(docs) == 1)
             if len(pictures) == 1:
-                numbers |= evidence_numbers(doc, pictures[0].size, handle.selections, start)
+                numbers |= evidence_numbers(doc, pictures[0].size, handle.token_selections, start)
             counts.append(SampleCounts(output_tokens=length, numbers=numbers))
         return counts
 

@@ -117,7 +117,7 @@ def _selection(sample: pd.Series, row: Row, loaded: Loaded, image: Image.Image) 
 
     with quiet(), compression.patch(loaded.model) as handle:
         loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)
-        selection: Selection = last_left(handle.selections)
+        selection: Selection = last_left(handle.token_selections)
     return selection
 
 

@@ -38,6 +38,7 @@ class EncoderCuts:
         lengths: for each block, the patches that went through it in the last call, over all rows;
             a [CLS] is not counted.
         survivors: for each image, `bool[N]` over its LLM tokens.
+        patches: for each image, `bool[t, h, w]` over its original patches, all rows.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class EncoderCuts:
         self.blocks = frozenset(blocks)
         self.lengths: list[int] = []
         self.survivors: dict[int, Tensor] = {}
+        self.patches: dict[int, Tensor] = {}
         self._runs: list[Run] = []
         self._budget = Budget(None)
         self._layout: RowLayout | PackedLayout | None = None
@@ -58,6 +60,7 @@ class EncoderCuts:
         self._refuse(runs)
         self.lengths = [0] * self.encoder.depth
         self.survivors.clear()
+        self.patches.clear()
         self._runs, self._budget = list(runs), budget
         for b, (block, attention) in enumerate(
             zip(self.encoder.blocks, self.encoder.attentions, strict=True)
@@ -177,8 +180,10 @@ class EncoderCuts:
             return output
         alive = layout.alive(self.encoder.tap)
         run = layout.run
-        for i, where in zip(run.members, layout.token_units, strict=True):
+        masks = layout.patch_masks(alive)
+        for i, where, mask in zip(run.members, layout.token_units, masks, strict=True):
             self.survivors[i] = alive.flatten()[where]
+            self.patches[i] = mask
         if isinstance(layout, RowLayout):
             layout.restore_outputs(output)
         return output

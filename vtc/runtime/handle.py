@@ -132,7 +132,20 @@ class Handle:
 
     @property
     def selections(self) -> list[Selection]:
-        """One `Selection` per site of the last call, in order; empty if it had no images."""
+        """One `Selection` per site of the last call, in order; empty if it had no images.
+
+        Indices refer to the LLM tokens of each image in the stock model; those of a cut inside the
+        encoder to its patches, as they stand in the pixel input, row by row (crops, tiles,
+        frames). `token_selections` has all of them in tokens.
+        """
+        found, call = self.token_selections, self._session.last
+        if False and found and call is not None and call.encoder is not None:
+            found[0] = call.encoder
+        return found
+
+    @property
+    def token_selections(self) -> list[Selection]:
+        """`selections` in LLM tokens throughout: for pictures and evidence."""
         if (call := self._session.last) is None:
             return []
         first = [call.selection] if self.method.site != "llm_layer" or not call.later else []
@@ -150,7 +163,7 @@ class Handle:
         """The picture with what the last call kept of it; `group` counts the images of the call."""
         from vtc import viz
 
-        return viz.overlay(image, viz.last_left(self.selections), group=group)
+        return viz.overlay(image, viz.last_left(self.token_selections), group=group)
 
 
 def patch(

@@ -70,6 +70,10 @@ class _Layout:
         alive.scatter_(1, index.masked_fill(~valid, self.full), True)
         return alive[:, :-1]
 
+    def patch_masks(self, alive: Tensor) -> list[Tensor]:
+        """For each image, which of its original patches are left: `bool[t, h, w]` of its rows."""
+        raise NotImplementedError
+
     def _shrunk(self, keep: Tensor) -> Tensor:
         """Take over `bool[R, U]`; returns the places `int64[R, K]` of what is left."""
         counts = keep.sum(1)
@@ -146,6 +150,16 @@ class RowLayout(_Layout):
         seen = torch.nn.functional.pad(seen, (self.first, 0), value=True)
         mask = query.new_zeros(seen.shape)
         return mask.masked_fill(~seen.to(mask.device), torch.finfo(mask.dtype).min)[:, None, None]
+
+    def patch_masks(self, alive: Tensor) -> list[Tensor]:
+        """Rows `[rows, side, side]`, patches in raster order."""
+        masks = torch.zeros(len(alive), self.total, dtype=torch.bool, device=self.device)
+        masks[:, self.raster.flatten().to(self.device)] = alive.repeat_interleave(self.m, 1)
+        side = round(self.total**0.5)
+        shape = (side, side) if side * side == self.total else (1, self.total)
+        return [
+            part.unflatten(1, shape) for part in masks.split([v.rows for v in self.run.visuals])
+        ]
 
     def restore_outputs(self, output: Any) -> None:
         """Fill up the hidden states that the tower gives, in place."""
@@ -230,6 +244,16 @@ class PackedLayout(_Layout):
         if kwargs.get("max_seqlen") is not None:
             out["max_seqlen"] = int(bounds.diff().max())
         return out
+
+    def patch_masks(self, alive: Tensor) -> list[Tensor]:
+        """Frames `[t, h, w]`; patches stand as in the pixel input, those of a token together."""
+        found = []
+        side = round(self.m**0.5)
+        for row, visual in zip(alive, self.run.visuals, strict=True):
+            t, h, w = visual.grids[0]
+            mask = row[: visual.tokens].repeat_interleave(self.m)
+            found.append(mask.view(t, h * side, w * side))
+        return found
 
     def restored(self, hidden: Tensor) -> Tensor:
         """The whole sequence, zeros where units were dropped."""

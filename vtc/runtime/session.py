@@ -34,6 +34,7 @@ class Call:
 
     Attributes:
         later: what cuts between decoder layers left, by layer.
+        encoder: what cuts inside the encoder left, in original patches.
         block_patches: patches through each block of the encoder; empty where none were cut.
         kv_lengths: entries of each decoder layer's cache after the prefill.
         slots: which original token each visual token is that reached the language model.
@@ -47,6 +48,7 @@ class Call:
     kv_bytes: int | None = None
     kv_lengths: tuple[int, ...] = ()
     later: dict[int, Selection] = field(default_factory=dict)
+    encoder: Selection | None = None
     block_patches: tuple[int, ...] = ()
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
@@ -200,6 +202,7 @@ class Session:
         self.last = Call(images, decided, clock, self.budget.keep)
         if self.tower.cuts is not None and selection is not None:
             self.last.block_patches = tuple(self.tower.cuts.lengths)
+            self.last.encoder = self.tower.patch_selection(images)
 
     def _everything(self, images: Images) -> Selection:
         return Selection.everything(images.lengths, images.parent, images.grids, images.parts)

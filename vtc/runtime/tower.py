@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -20,7 +19,7 @@ from vtc.runtime.probe import probed
 from vtc.runtime.rows import Run, runs_of
 from vtc.runtime.signals import EncoderSignals
 from vtc.sites import Facts
-from vtc.types import Budget
+from vtc.types import Budget, Selection
 
 
 def facts_of(adapter: Adapter) -> Facts:
@@ -100,9 +99,18 @@ class Tower:
             for key, parts in self.signals.read(self._runs).items()
         }
 
+    def patch_selection(self, images: Images) -> Selection | None:
+        """What cuts left of the patches of each image; None if the tower was not run."""
+        if self.cuts is None or len(self.cuts.patches) != len(images.visuals):
+            return None
+        masks = [self.cuts.patches[i] for i in range(len(images.visuals))]
+        grids = [(m.shape[0], m.shape[1], m.shape[2]) for m in masks]
+        whole = pad_sequence([m.flatten() for m in masks], batch_first=True)
+        return Selection.of_mask(whole, [m.numel() for m in masks], images.parent, grids)
+
     def survivors(self, images: Images) -> Tensor | None:
         """Which LLM tokens are left of each image, `bool[G, N]`; None if the tower was not run."""
         if self.cuts is None or len(self.cuts.survivors) != len(images.visuals):
             return None
         parts = [self.cuts.survivors[i] for i in range(len(images.visuals))]
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        return pad_sequence(parts, batch_first=True)
