@@ -262,7 +262,9 @@ def like_flash(
     """Attention with a 2-D mask, aligned at the end; gaps in position ids are not allowed."""
     queries, keys = query.shape[2], key.shape[2]
     ids = options.get("position_ids")
-    assert ids is None or len(query) > 1 or bool((ids.diff(dim=-1) == 1).all())
+    if ids is not None:
+        assert ids.shape[-1] == queries
+        assert len(query) > 1 or bool((ids.diff(dim=-1) == 1).all())
     heads = query.shape[1] // key.shape[1]
     seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
     if mask is not None:

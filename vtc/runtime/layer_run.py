@@ -167,7 +167,7 @@ class LayerRun:
             return
         present = last.present
         # padding on the left was made anew: it moves nothing that stands behind
-        gone = ~present & (first.mask.long().cumsum(-1) > 0)
+        gone = ~present & first.begun
         here = torch.arange(first.length, device=gone.device)
         behind = first.length - 1 - int(here.masked_fill(~gone, -1).max())
         behind = min(behind, *(stage.entries for stage in self.stages))

@@ -134,6 +134,11 @@ class Stage:
         return wide.scatter(1, slot, True)[:, :-1]
 
     @property
+    def begun(self) -> Tensor:
+        """`bool[B, L]`: False on the padding at the left of each row."""
+        return (self.mask | self.visual).long().cumsum(-1) > 0
+
+    @property
     def present(self) -> Tensor:
         """`bool[B, Q]`: the entries that are left."""
         columns = self.columns.masked_fill(~self.real, self.length)
@@ -148,7 +153,7 @@ class Stage:
         gone, left = self.valid & ~keep, self.valid & keep
         if not bool(gone.any()):
             return self
-        rows, stays = self.placed.parent[:, 1:], F.pad(self.mask.long().cumsum(-1) > 0, (0, 1))
+        rows, stays = self.placed.parent[:, 1:], F.pad(self.begun, (0, 1))
         # the scratch column L takes what is not to be dropped
         stays[rows, self.places.masked_fill(~gone, self.entries)] = False
         lives = self._newlines_with(left)
