@@ -141,6 +141,10 @@ class Qwen2VLAdapter(Adapter):
                 out[pixels] = torch.cat([patches for _, _, patches in members])
                 sizes = [size for _, size, _ in members]
                 out[name] = torch.tensor(sizes, device=inputs[name].device)
+        if "pixel_values_videos" in out and inputs.get("second_per_grid_ts") is not None:
+            images = sum(not video for video, _, _ in grids)
+            seconds = [inputs["second_per_grid_ts"][i - images] for i in chosen if i >= images]
+            out["second_per_grid_ts"] = torch.as_tensor(seconds)
         return out
 
     def encode_resized(

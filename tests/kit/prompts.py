@@ -221,7 +221,7 @@ def _pixel_inputs(family: str, visuals: Sequence[_Visual]) -> Inputs:
         if family in QWEN:
             out[f"{kind}_grid_thw"] = sizes
             if kind == "video" and family == "qwen2_5_vl":
-                out["second_per_grid_ts"] = torch.arange(1, len(some) + 1).float()
+                out["second_per_grid_ts"] = torch.arange(2, len(some) + 2).float()
         elif kind == "image" and family in PINPOINTS:
             out["image_sizes"] = sizes
     return out
