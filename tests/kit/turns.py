@@ -1,0 +1,123 @@
+"""Conversations of two turns on one cache, and the same in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .fed import Fed, joined, text
+from .matrix import Decision, Spec, run_fed, statement
+from .models import PINPOINTS
+from .oracle import kept_columns, masked_from_layer, positions
+from .prompts import Inputs, Part, build_inputs, take_rows
+
+TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
+Rows = list[list[Part]]
+CONVERSATIONS: dict[str, tuple[Rows, Rows]] = {
+    "a text turn": ([[3, "image", 4], [2, ("image", 24, 24), "image", 3]], [[6], [3]]),
+    "a new image": (
+        [[3, "image", 4], [2, ("image", 24, 24), "image", 3]],
+        [[2, ("image", 32, 24), 3], [4]],
+    ),
+    "images after text": ([[5], [7]], [[2, ("image", 32, 24), 3], [1, "image", 2]]),
+}
+VIDEOS: dict[str, tuple[Rows, Rows]] = {
+    "a text turn after a video": ([[3, "video", 4], [2, ("image", 24, 24), 3]], [[2], [5]]),
+    "a video, then an image": ([[3, "video", 4]], [[2, ("image", 32, 24), 3]]),
+    "an image, then a video": ([[2, ("image", 24, 24), 3]], [[1, "video", 4]]),
+}
+
+
+def pixels(inputs: Inputs) -> Inputs:
+    """What belongs to pixels."""
+    return {name: value for name, value in inputs.items() if name not in TEXT}
+
+
+def whole(family: str, first: Inputs, answer: Tensor, second: Inputs) -> Inputs:
+    """Ids, mask and token types of the conversation, and the pixels of both parts row by row."""
+    ids = [first["input_ids"], answer, second["input_ids"]]
+    mask = [first["attention_mask"], torch.ones_like(answer), second["attention_mask"]]
+    out = {"input_ids": torch.cat(ids, 1), "attention_mask": torch.cat(mask, 1)}
+    if "mm_token_type_ids" in first:
+        types = [first["mm_token_type_ids"], torch.zeros_like(answer), second["mm_token_type_ids"]]
+        out["mm_token_type_ids"] = torch.cat([part.int() for part in types], 1)
+    parts = [
+        take_rows(family, part, [row]) for row in range(len(answer)) for part in (first, second)
+    ]
+    for name in dict.fromkeys(name for part in parts for name in part):
+        found = [part[name] for part in parts if name in part]
+        if name == "pixel_values" and family in PINPOINTS:
+            most = max(crops.shape[1] for crops in found)
+            found = [pad(c, (0, 0, 0, 0, 0, 0, 0, most - c.shape[1])) for c in found]
+        out[name] = torch.cat(found)
+    return out
+
+
+def parts(family: str, name: str) -> tuple[Inputs, Inputs]:
+    """Both prompts of a conversation."""
+    first, second = (CONVERSATIONS | VIDEOS)[name]
+    return build_inputs(family, first, seed=1), build_inputs(family, second, seed=2)
+
+
+def two_turns(
+    model: Any, family: str, first: Inputs, second: Inputs, run: Any, pixels_of: str
+) -> Iterator[Any]:
+    """Yields after each turn: the answer to the first, then to the second."""
+    one = run(model, first, return_dict_in_generate=True)
+    answer = one.sequences[:, first["input_ids"].shape[1] :]
+    yield answer
+    given = whole(family, first, answer, second)
+    if pixels_of == "new part":
+        given = {name: given[name] for name in TEXT if name in given} | pixels(second)
+    yield run(model, given, past_key_values=one.past_key_values)
+
+
+def _stated(
+    model: Any, spec: Spec, family: str, part: Inputs, made: Decision
+) -> tuple[Fed, Tensor]:
+    if not pixels(part):
+        alone = text(model, part["input_ids"], part["attention_mask"])
+        return alone, torch.ones_like(part["attention_mask"], dtype=torch.bool)
+    return statement(model, spec, family, part, made)
+
+
+@contextmanager
+def _later(
+    model: Any, family: str, answer: Tensor, turns: list[tuple[Inputs, Decision]]
+) -> Iterator[None]:
+    layers = {layer for _, made in turns for layer in made.later}
+    with ExitStack() as stack:
+        for layer in layers:
+            kept = [
+                kept_columns(model, family, part, made.later[layer])
+                if layer in made.later
+                else torch.ones_like(part["input_ids"], dtype=torch.bool)
+                for part, made in turns
+            ]
+            kept.insert(1, torch.ones_like(answer, dtype=torch.bool))
+            stack.enter_context(masked_from_layer(model, layer + 1, torch.cat(kept, 1)))
+        yield
+
+
+def in_one_piece(
+    spec: Spec,
+    family: str,
+    turns: list[tuple[Inputs, Decision]],
+    answer: Tensor,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """The second answer when the stock language model reads the conversation from its beginning,
+    each part as its turn left it."""
+    model, ((first, _), (second, _)) = spec.model(family), turns
+    conversation = whole(family, first, answer, second)
+    (a, kept_a), (b, kept_b) = (_stated(model, spec, family, *turn) for turn in turns)
+    between = text(model, answer, torch.ones_like(answer))
+    given = joined([a, between, b], positions(model, conversation))
+    kept = torch.cat([kept_a, torch.ones_like(answer, dtype=torch.bool), kept_b], 1)
+    with _later(model, family, answer, turns):
+        return run_fed(model, given.masked(kept), **options)
