@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kit.flash import use_like_flash
 from tests.kit.layers import (
     TOLERANCE,
     LastRow,
@@ -256,43 +257,13 @@ def test_eager_attention() -> None:
             same(output, generated(run, **MODES[mode]))
 
 
-def like_flash(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention with a 2-D mask, aligned at the end; gaps in position ids are not allowed."""
-    queries, keys = query.shape[2], key.shape[2]
-    ids = options.get("position_ids")
-    if ids is not None:
-        assert ids.shape[-1] == queries
-        assert len(query) > 1 or bool((ids.diff(dim=-1) == 1).all())
-    heads = query.shape[1] // key.shape[1]
-    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
-    if mask is not None:
-        seen = seen & mask[:, None, None].bool()
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        key.repeat_interleave(heads, 1),
-        value.repeat_interleave(heads, 1),
-        attn_mask=seen,
-        scale=options["scaling"],
-    )
-    return out.transpose(1, 2), None
-
-
 @pytest.mark.parametrize("prompt", ["batch 1", MIXED])
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 def test_masks_as_flash_attention_takes_them(
     family: str, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "like_flash", like_flash)
-    known = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
-    monkeypatch.setitem(known, "like_flash", flash_attention_mask)
     flash, stock = build_model(family), model_of(family)
-    config = flash.model.language_model.config
-    config._attn_implementation = "like_flash"
+    use_like_flash(flash, monkeypatch)
     placed = placed_in(family, stock, build_inputs(family, PROMPTS[prompt]))
     left = {1: keeping(placed, 0.4)}
     with cutting(family, Scripted(left), (1,), PROMPTS[prompt], flash) as run:

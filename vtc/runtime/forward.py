@@ -106,6 +106,7 @@ class ForwardSeam:
 
     def _clear(self) -> None:
         self._recording.close()
+        self.session.show_gaps()
         self._pending = None
 
     @contextmanager
@@ -250,6 +251,7 @@ class ForwardSeam:
             pending.images, selection, full_of(kwargs), mask, positions, pending.small
         )
         self.session.expect_layers(pending.images, short)
+        self.session.hide_gaps()
         pending.short = short
         pending.clock.mark("selected")
         # the mask stays even if all ones: without it, gaps in position ids read as packed sequences

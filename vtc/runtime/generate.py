@@ -162,6 +162,7 @@ class GenerateSeam:
         def after_prefill(module: Any, args: Any, given: dict[str, Any], output: Any) -> None:
             nonlocal used
             hook.remove()
+            self.session.show_gaps()
             used |= given.get("inputs_embeds") is not None
             cache = getattr(output, "past_key_values", None)
             if state is not None or forget:
@@ -171,12 +172,15 @@ class GenerateSeam:
                 self.session.note_cache(cache)
 
         hook = self.session.adapter.model.register_forward_hook(after_prefill, with_kwargs=True)
+        if not used:
+            self.session.hide_gaps()
         if self.session.cuts_layers:
             kwargs = {"disable_compile": True, **kwargs}
         try:
             out = self.stock(**kwargs)
         finally:
             hook.remove()
+            self.session.show_gaps()
             self.session.clear_layers()
         if not used:
             raise NeverCompressedError(

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from vtc.adapters.base import Adapter
 from vtc.errors import PatchError, SignalError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method
-from vtc.runtime.attention_probe import probed
 from vtc.runtime.layer_cache import remembered
 from vtc.runtime.layer_run import LayerRun
 from vtc.runtime.layer_stage import LayerDecision, Placed
+from vtc.runtime.probe import probed
 from vtc.sites import LayerView
 from vtc.types import Budget
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +139,7 @@ class Session:
         self.layers = LayerSeam(
             adapter, method, method.llm_layers(self.tower.facts), lambda: self.budget
         )
+        self._hiding = ExitStack()
         self.cuts_layers = bool(method.llm_layers(self.tower.facts))
         self.last: Call | None = None
 
@@ -249,6 +250,29 @@ class Session:
             yield
         finally:
             hook.remove()
+
+    def hide_gaps(self) -> None:
+        """Until `show_gaps`, decoder layers get no position ids: flash attention reads gaps in them
+        as the borders of packed sequences. Rotary angles are made before."""
+        self.show_gaps()
+        model: Any = self.adapter.language_model
+        if "flash" not in str(model.config._attn_implementation):
+            return
+
+        def hide(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if kwargs.get("position_ids") is None:
+                return None
+            return args, {**kwargs, "position_ids": None}
+
+        for layer in model.layers:
+            hook = layer.register_forward_pre_hook(hide, with_kwargs=True)
+            self._hiding.callback(hook.remove)
+
+    def show_gaps(self) -> None:
+        """Leave the decoder layers as they were."""
+        self._hiding.close()
 
     def embedded_only(self, ids: Tensor) -> Full:
         """Text embeddings of ids, placeholders included."""
