@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not gpu"
 
 check: $(READY)
 	$(BIN)/ruff check .

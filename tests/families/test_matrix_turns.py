@@ -41,7 +41,7 @@ def test_two_turns(family: str, spec: Spec, conversation: str, pixels_of: str) -
 
 @pytest.mark.parametrize(
     "family, spec, conversation, pixels_of",
-    [cell for cell in cells(SPECS, list(VIDEOS), PIXELS) if cell.values[0] in WITH_VIDEO],
+    [cell for cell in cells(SPECS, list(VIDEOS), PIXELS, full=()) if cell.values[0] in WITH_VIDEO],
     ids=str,
 )
 def test_two_turns_with_videos(family: str, spec: Spec, conversation: str, pixels_of: str) -> None:

@@ -254,14 +254,14 @@ def want(spec: Spec, family: str, inputs: Inputs, decision: Decision, mode: str)
         return run_fed(model, given.masked(kept), **options)
 
 
-def cells(*axes: Sequence[Any]) -> list[Any]:
+def cells(*axes: Sequence[Any], full: Sequence[str] = FULL) -> list[Any]:
     """Every family with every combination of the axes; slow, beyond those that the default run
-    covers: the families of `FULL` with all, of the others each value of each axis once."""
+    covers: the families of `full` with all, of the others each value of each axis once."""
     out = []
     for f, family in enumerate(FAMILIES):
         chosen = _pairs(f, *axes)
         for cell in _combinations(axes):
-            marks = () if family in FULL or cell in chosen else (pytest.mark.slow,)
+            marks = () if family in full or cell in chosen else (pytest.mark.slow,)
             out.append(pytest.param(family, *cell, marks=marks))
     return out
 
