@@ -109,6 +109,11 @@ class ForwardSeam:
         self.session.show_gaps()
         self._pending = None
 
+    @property
+    def serving(self) -> bool:
+        """Whether a generate is under way that needs these hooks for every token."""
+        return self._expected is not None
+
     @contextmanager
     def expecting(self, images: Images, inputs: Mapping[str, Any], clock: Clock) -> Iterator[None]:
         """Within it a stock generate runs on these images; the tower may run before the base."""
@@ -122,6 +127,11 @@ class ForwardSeam:
     def _before_base(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if getattr(module, "_is_replica", False):
+            raise UnsupportedModeError(
+                "a replica of a patched model was run, expected the model itself: DataParallel "
+                "would have its copies share one patch; use one process for each device"
+            )
         self._clear()  # an interrupt runs no hook behind it
         given = kwargs
         if args:  # some families call their base model by position

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -55,6 +57,9 @@ class Handle:
         self._kernels = kernels
         self._model: Any = session.adapter.model
         self._forward = ForwardSeam(session)
+        self._lock = threading.Lock()
+        self._calls = 0
+        self._removed = False
         self._overrides = {"generate": self._generate()}
         for name in _BATCHING:
             if hasattr(self._model, name):
@@ -74,10 +79,30 @@ class Handle:
         @functools.wraps(stock)
         def generate(*args: Any, **kwargs: Any) -> Any:
             # somebody may have kept this function beyond the patch
-            patched = _handle_of(self._model) is self
-            return seam(*args, **kwargs) if patched else stock(*args, **kwargs)
+            if _handle_of(self._model) is not self:
+                return stock(*args, **kwargs)
+            with self._running():
+                return seam(*args, **kwargs)
 
         return generate
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        with self._lock:
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._calls -= 1
+                self._settle()
+
+    def _settle(self) -> None:
+        """Once removed, detach what no generate under way needs for its next token."""
+        if self._removed and not (self._calls and self._forward.serving):
+            self._forward.detach()
+        if self._removed and not self._calls:
+            self._session.layers.detach()
 
     def _refusal(self, name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(self._model, name))
@@ -98,11 +123,15 @@ class Handle:
         self._session.budget = self.method.check_keep(keep)
 
     def remove(self) -> None:
-        """Undo the patch; doing it twice is fine. Reports and selections stay readable."""
+        """Undo the patch; doing it twice is fine. Reports and selections stay readable.
+
+        A generate that is running in another thread goes on with the tokens it has.
+        """
         if _handle_of(self._model) is not self:
             return
-        self._forward.detach()
-        self._session.layers.detach()
+        with self._lock:
+            self._removed = True
+            self._settle()
         own = vars(self._model)
         del own[_HANDLE]
         for name, function in self._overrides.items():
