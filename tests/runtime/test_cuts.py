@@ -261,7 +261,7 @@ def test_flowcut_equals_its_plain_statement(family: str, keep: float, case: str)
     with vtc.patch(model, "flowcut", keep) as handle:
         model.generate(**inputs, max_new_tokens=1, do_sample=False, suppress_tokens=PLACEHOLDERS)
     hook.remove()
-    selection, report = handle.selections[0], handle.report()
+    selection, report = handle.token_selections[0], handle.report()
     embeds = visual_embeds(seen[-1], model, family, inputs, selection)
     if family.startswith("qwen"):
         rows = qwen_rows(model, inputs["pixel_values"], inputs["image_grid_thw"])
@@ -288,6 +288,34 @@ def test_flowcut_equals_its_plain_statement(family: str, keep: float, case: str)
         assert selection.keep[g, selection.valid[g]].tolist() == found, (family, g)
     assert list(report.block_patches[: tap + 1]) == patches
     assert report.block_patches[0] > report.block_patches[tap]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_cut_left_in_patches_is_what_it_left_in_tokens(family: str) -> None:
+    """Patches of a token live or die together; they are numbered as they stand in the input."""
+    model = build_model(family, blocks=8)
+    rows: list[list[Any]] = [[3, ("image", 24, 48), 5], [2, ("image", 24, 24), 4]]
+    # a canvas of OneVision that is made smaller is refused
+    inputs = build_inputs(family, rows[:1] if family == "llava_onevision" else rows)
+    with vtc.patch(model, "flowcut", 0.3) as handle:
+        model.generate(**inputs, max_new_tokens=1, do_sample=False, suppress_tokens=PLACEHOLDERS)
+    patches, tokens = handle.selections[0], handle.token_selections[0]
+    assert handle.selections[1:] == handle.token_selections[1:]
+    grid = {"internvl": 4}.get(family, 4 if family.startswith("qwen") else 1)
+    for g, n in enumerate(patches.lengths):
+        t, h, w = patches.grid[g]
+        assert n == t * h * w
+        kept = patches.keep[g, patches.valid[g]]
+        assert len(kept) == grid * int(tokens.valid[g].sum())
+        if family.startswith("qwen"):  # four patches of a token stand together
+            assert (kept // 4).unique().tolist() == tokens.keep[g, tokens.valid[g]].tolist()
+        elif family == "internvl":  # tiles of side×side patches, tokens are blocks of 2×2
+            tile, y, x = kept // (h * w), kept % (h * w) // w, kept % w
+            block = (tile * (h // 2) + y // 2) * (w // 2) + x // 2
+            assert block.unique().tolist() == tokens.keep[g, tokens.valid[g]].tolist()
+        elif family in ("llava", "llava_siglip"):
+            assert torch.equal(patches.mask()[g], tokens.mask()[g])
 
 
 def visual_embeds(

@@ -87,7 +87,7 @@ def test_half_precision_errs_no_more_than_the_stock_model(
     exact, inputs = copy.deepcopy(low).float(), cast(build_inputs(family, ROWS), dtype)
     with patched(low, method) as handle:
         _, got = answers(low, inputs)
-        selections = handle.selections
+        selections = handle.token_selections
     want, left = masked_logits(exact, family, cast(inputs, torch.float32), selections)
     plain, _ = masked_logits(low, family, inputs, selections)
     assert got.dtype == dtype and bool(left.any())
@@ -108,7 +108,7 @@ def test_half_precision_chooses_otherwise_only_in_near_ties(
         for model, given in ((low, inputs), (exact, cast(inputs, torch.float32))):
             with patched(model, "vtc_cls") as handle, torch.no_grad():
                 model(**given)
-            found.append(handle.selections[0])
+            found.append(handle.token_selections[0])
         scores = found[1].scores
         assert scores is not None
         tie = 2 * torch.finfo(dtype).eps * scores.amax(-1)
@@ -217,7 +217,7 @@ def test_training_adapters_equals_the_oracle() -> None:
     with patched(wrapped, "vtc_cls") as handle:
         got = gradients_of(wrapped, inputs)
     assert len(got) > 20 and all("lora" in name for name in got.keys() - {"loss"})
-    given = masked(wrapped.get_base_model(), "llava", inputs, handle.selections[0])
+    given = masked(wrapped.get_base_model(), "llava", inputs, handle.token_selections[0])
     assert_close(got, gradients_of(wrapped, given))
 
 
@@ -324,7 +324,7 @@ def test_4_bits_of_bitsandbytes(tmp_path: Path) -> None:
         assert torch.equal(generated, tokens)
         assert torch.allclose(got, want, rtol=0, atol=1e-5)
         if method in ("vtc_cls", "todre"):
-            want, left = masked_logits(model, "llava", inputs, handle.selections)
+            want, left = masked_logits(model, "llava", inputs, handle.token_selections)
             assert torch.allclose(got[left], want[left], rtol=0, atol=1e-5)
     after = model.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -372,7 +372,7 @@ def test_gradients_with_checkpoints(family: str, method: str, reentrant: bool) -
         got = gradients_of(model, inputs)
     assert_close(got, want)
     if method == "vtc_cls":
-        given = masked(model, family, inputs, handle.selections[0])
+        given = masked(model, family, inputs, handle.token_selections[0])
         oracle = gradients_of(model, given)
         assert len(oracle) > 50
         assert_close(got, oracle)

@@ -84,9 +84,9 @@ class EncoderCuts:
         for run in runs:
             for i, visual in zip(run.members, run.visuals, strict=True):
                 if why := self.adapter.blends(run.inputs, i, visual):
-                    kind = "video" if visual.video else "image"
+                    kind = "a video" if visual.video else "an image"
                     raise UnsupportedModeError(
-                        f"method {self.method.name!r} cuts patches inside the encoder and got a "
+                        f"method {self.method.name!r} cuts patches inside the encoder and got "
                         f"{kind} of which {why}, expected patches that become tokens of their own: "
                         "use a method that acts before the LLM, or a smaller image"
                     )

@@ -168,7 +168,7 @@ class Handle:
         frames). `token_selections` has all of them in tokens.
         """
         found, call = self.token_selections, self._session.last
-        if False and found and call is not None and call.encoder is not None:
+        if found and call is not None and call.encoder is not None:
             found[0] = call.encoder
         return found
 
