@@ -115,7 +115,7 @@ STATEMENTS: dict[str, Callable[..., tuple[Fed, Tensor]]] = {
 
 Refusal = tuple[type[VtcError], str]
 _POOLED: Refusal = (UnsupportedModeError, "got a video of which its frames are pooled, one token")
-_SMALLER: Refusal = (UnsupportedModeError, "got a image of which its canvas of crops is made small")
+_SMALLER: Refusal = (UnsupportedModeError, "got an image of which its canvas of crops is made small")
 # (family, method, prompt): everything that is refused in the matrix
 REFUSED: dict[tuple[str, str, str], Refusal] = {
     ("llava_onevision", "flowcut", "ragged"): _SMALLER,
