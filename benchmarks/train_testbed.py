@@ -1,6 +1,6 @@
-"""Trains the testbed's LLaVA on one GPU, in runs that resume from each other.
+"""Trains a model of the testbed on one GPU, in runs that resume from each other.
 
-    python benchmarks/train_testbed.py --minutes 9.5 --out OUT1
+    python benchmarks/train_testbed.py --family llava --minutes 9.5 --out OUT1
     python benchmarks/train_testbed.py --minutes 5 --out OUT2 --resume OUT1 --rate 4e-4
 
 A run ends after `--minutes` of wall-clock time, start-up and compilation included, and its rate
@@ -12,6 +12,7 @@ every run ends with a finished model, and a later one goes on from it. `OUT/trai
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import time
@@ -19,32 +20,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vtc import ops
 from vtc.testbed import pictures
-from vtc.testbed.model import build_model, model_folder
-from vtc.testbed.questions import ALL_KINDS
+from vtc.testbed.batches import IMAGE_TOKENS, Batch, Part, kind_hits, make_batch, make_resized
+from vtc.testbed.changes import FRAMES
+from vtc.testbed.families import FAMILIES, family
+from vtc.testbed.model import model_folder
+from vtc.testbed.packing import CLIP, PAIR, PICTURE, SLOTS, targets_of
 from vtc.testbed.tokens import QuestionTokens
-from vtc.testbed.training import IMAGE_TOKENS, Batch, PackedTrainer, kind_hits, make_batch
+from vtc.testbed.towers import TRAINERS
+from vtc.testbed.training import PackedTrainer, resized
+from vtc.testbed.vocabulary import KINDS
 
-KEEPS = (196, 98, 65, 43, 22, 11)
+KEEPS = (98, 65, 43, 22, 11)
 # files of a checkpoint stay under 16 MiB
 FILE_BYTES = 15 * 2**20
 # the loss on single patches fades out over this share of a run
-PATCH_UNTIL = 0.4
+PATCH_UNTIL = 0.6
+RESIZED_WEIGHT = 0.3
+# pairs, clips and resized pictures of a step of 448 grids, by family
+BESIDE = {"llava": (0, 0, 0), "qwen2_vl": (56, 24, 64), "internvl": (56, 24, 0)}
+# resized pictures come every so many steps
+RESIZED_EVERY = 3
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--resume", type=Path, help="a run's folder, with its checkpoint")
+    parser.add_argument("--start", type=Path, help="a model's folder: weights without moments")
+    parser.add_argument("--start-part", default="", help="only weights with this in their name")
     parser.add_argument("--minutes", type=float, default=9.5, help="wall-clock time of this run")
     parser.add_argument("--reserve", type=float, default=40.0, help="seconds for the last tables")
     parser.add_argument("--patch-loss", type=float, default=0.3, help="weight at the start")
-    parser.add_argument("--batch", type=int, default=512, help="pictures per step")
+    parser.add_argument("--give-up", type=float, help="stop if it is above this at step 200")
+    parser.add_argument("--family", choices=FAMILIES, default="llava")
+    parser.add_argument("--batch", type=int, default=512, help="grids per step: pictures, frames")
+    parser.add_argument("--pairs", type=int, help="pairs of pictures per step")
+    parser.add_argument("--clips", type=int, help="clips per step")
+    parser.add_argument("--resized", type=int, help="single pictures of other sizes per step")
+    parser.add_argument("--stories-from", type=float, default=0.4, help="share of the run")
+    parser.add_argument("--resized-from", type=float, default=0.7, help="share of the run")
+    parser.add_argument("--story-weight", type=float, default=0.3, help="of pairs, and of clips")
+    parser.add_argument(
+        "--focus",
+        nargs=2,
+        metavar=("KIND", "FACTOR"),
+        help="a kind about single pictures that counts so many times as much",
+    )
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--log-every", type=int, default=100)
@@ -55,7 +82,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fixed", action="store_true", help="one batch over and over, to try it")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, usual in zip(("pairs", "clips", "resized"), BESIDE[args.family], strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, math.ceil(usual * args.batch / 448))
+    # a step sees the same number of grids with stories and without: the tower is compiled once
+    beside = 2 * args.pairs + (2 if args.family == "qwen2_vl" else FRAMES) * args.clips
+    args.sizes = {PICTURE: args.batch - beside, PAIR: args.pairs, CLIP: args.clips}
+    args.sizes = {form: size for form, size in args.sizes.items() if size}
+    args.other_sizes = getattr(family(args.family), "OTHER_SIZES", ()) if args.resized else ()
+    args.resized = args.resized if args.other_sizes else 0
+    return args
 
 
 class Log:
@@ -138,69 +175,55 @@ def rate_at(progress: float, steps_here: int, args: argparse.Namespace) -> float
 
 
 def accuracy(hits: dict[str, list[int]]) -> dict[str, float]:
-    """Per cent right of every kind, and over the one-word kinds."""
+    """Per cent right of every kind, and over the one-word kinds about single pictures."""
     table = {kind: 100 * right / max(asked, 1) for kind, (right, asked) in hits.items()}
-    kinds = [kind for kind in table if kind != "caption"]
+    kinds = [kind for kind in table if kind in KINDS]
     table["all"] = sum(table[kind] for kind in kinds) / len(kinds)
     return {kind: round(value, 1) for kind, value in table.items()}
-
-
-def cls_scores(trainer: PackedTrainer, images: Tensor) -> Tensor:
-    """Attention of [CLS] to patches, over the last third of blocks up to the tap, [B, T]."""
-    tower = trainer.model.model.vision_tower
-    tower = getattr(tower, "vision_model", tower)
-    x = tower.pre_layrnorm(tower.embeddings((images.float() / 255 - trainer.mean) / trainer.std))
-    blocks = tower.encoder.layers
-    used = len(blocks) - 1
-    first = used - max(1, used // 3)
-    score = x.new_zeros(len(x), IMAGE_TOKENS)
-    for i, block in enumerate(blocks[:used]):
-        if i >= first:
-            y, attention = block.layer_norm1(x), block.self_attn
-            heads = attention.num_heads
-            q = attention.q_proj(y[:, :1]).unflatten(-1, (heads, -1)).transpose(1, 2)
-            k = attention.k_proj(y).unflatten(-1, (heads, -1)).transpose(1, 2)
-            score = score + ops.attention_rows(q, k, attention.scale)[:, 0, 1:]
-        x = block(x, None)
-    return score
 
 
 # compiled code would be compiled once more for it
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def check(
-    trainer: PackedTrainer, batches: list[Batch], how: str = "full", kept: int = 196
+    trainer: PackedTrainer, batches: list[Batch], how: str = "full", kept: int = IMAGE_TOKENS
 ) -> dict[str, float]:
-    """Accuracy by kind on `batches`, full, without a picture ("blank"), or keeping some tokens."""
-    totals = {kind: [0, 0] for kind in ALL_KINDS}
-    draw = torch.Generator(trainer.mask.device).manual_seed(kept)
+    """Accuracy by kind on `batches`: full, without pictures ("blank"), or keeping some tokens."""
+    totals: dict[str, list[int]] = {}
+    draw = torch.Generator(trainer.mean.device).manual_seed(kept)
     for batch in batches:
-        images = torch.full_like(batch.images, 127) if how == "blank" else batch.images
-        tap, _ = trainer.tower(images)
-        keep = None
-        if how in ("random", "cls"):
-            shape = (len(images), IMAGE_TOKENS)
-            score = (
-                cls_scores(trainer, images)
-                if how == "cls"
-                else torch.rand(shape, generator=draw, device=images.device)
-            )
-            keep = torch.zeros(shape, dtype=torch.bool, device=images.device)
-            keep.scatter_(1, score.topk(kept).indices, True)
-        logits = trainer.logits(batch.ids, batch.at, tap[:, 1:], keep)
-        hit = logits.argmax(-1) == batch.targets
-        for kind, (right, asked) in kind_hits(hit | (batch.targets < 0), batch.targets).items():
-            totals[kind][0] += right
-            totals[kind][1] += asked
+        for form, part in batch.parts.items():
+            if how in ("random", "cls") and form != PICTURE:
+                continue
+            if how == "blank":
+                part = dataclasses.replace(part, images=torch.full_like(part.images, 127))
+            features = trainer.see({form: part})[form].features
+            keep = None
+            if how in ("random", "cls"):
+                score = torch.rand(features.shape[:2], generator=draw, device=draw.device)
+                if how == "cls":
+                    score = trainer.cls_scores(trainer.grids(part.images))
+                keep = torch.zeros_like(score, dtype=torch.bool)
+                keep.scatter_(1, score.topk(kept).indices, True)
+            hit = trainer.logits(form, part, features, keep).argmax(-1) == part.targets
+            add_hits(totals, kind_hits(form, hit | (part.targets < 0), part.targets))
     return accuracy(totals)
+
+
+def add_hits(totals: dict[str, list[int]], found: dict[str, tuple[int, int]]) -> None:
+    """Adds right answers and questions to `totals`."""
+    for kind, counts in found.items():
+        before = totals.get(kind, [0, 0])
+        totals[kind] = [x + y for x, y in zip(before, counts, strict=True)]
 
 
 def final_tables(trainer: PackedTrainer, batches: list[Batch], log: Log) -> None:
     """Accuracy against kept tokens for random and [CLS] selection."""
     log(table="full", **check(trainer, batches))
     log(table="blank", **check(trainer, batches, "blank"))
-    for kept in KEEPS[1:]:
-        for how in ("random", "cls"):
+    hows = ["random", "cls"] if trainer.label_heads else ["random"]
+    for kept in KEEPS:
+        for how in hows:
             log(table=how, kept=kept, **check(trainer, batches, how, kept))
 
 
@@ -211,26 +234,28 @@ def train(args: argparse.Namespace, log: Log, began: float) -> None:
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    processor = AutoProcessor.from_pretrained(model_folder())
-    tokens = QuestionTokens(processor.tokenizer, device)
-    model = build_model(processor.tokenizer, small=args.small)
-    trainer = PackedTrainer(model, tokens).to(device)
+    module = family(args.family)
+    processor = AutoProcessor.from_pretrained(model_folder(args.family))
+    tokens = QuestionTokens(processor.tokenizer, device, module.BEFORE, module.AFTER)
+    model = module.build_model(processor.tokenizer, small=args.small)
+    if args.start:
+        # the stock loading knows the names under which weights are stored
+        found = type(model).from_pretrained(args.start, dtype=torch.float32).state_dict()
+        found = {name: value for name, value in found.items() if args.start_part in name}
+        model.load_state_dict(found, strict=not args.start_part)
+    trainer = TRAINERS[args.family](model, processor, tokens, args.sizes)
+    others = [trainer.add_form(PICTURE, processor, tokens, size) for size in args.other_sizes]
+    if args.focus:
+        focus(trainer, args.focus[0], float(args.focus[1]))
+    trainer = trainer.to(device)
     optimizer = make_optimizer(trainer, args.rate)
     state = {"step": 0, "seconds": 0.0}
     if args.resume:
         state = load_checkpoint(args.resume, trainer, optimizer)
-    batches = validation(processor.tokenizer, args.check_size, device)
-    log(step=state["step"], ready=time.perf_counter() - began)
-    run_steps(
-        args,
-        log,
-        trainer,
-        optimizer,
-        state,
-        tokens,
-        batches,
-        began + 60 * args.minutes - args.reserve,
-    )
+    batches = validation(args, tokens, device)
+    log(step=state["step"], ready=time.perf_counter() - began, others=len(others))
+    deadline = began + 60 * args.minutes - args.reserve
+    run_steps(args, log, trainer, optimizer, state, tokens, batches, deadline)
     save_checkpoint(args.out, trainer, optimizer, state)
     trainer.model.to(torch.bfloat16).save_pretrained(args.out / "model")
     # the tables are of the weights as stored
@@ -239,22 +264,31 @@ def train(args: argparse.Namespace, log: Log, began: float) -> None:
     log(done=time.perf_counter() - began)
 
 
-def validation(tokenizer: Any, size: int, device: torch.device) -> list[Batch]:
-    """From the CPU's generator, so it is the same on every machine."""
-    held, tokens = torch.Generator().manual_seed(77), QuestionTokens(tokenizer)
-    part = min(size, 512)
-    batches = [
-        make_batch(part, tokens, pictures.load("validation"), held) for _ in range(size // part)
-    ]
-    return [Batch(**{k: v.to(device) for k, v in vars(b).items()}) for b in batches]
+def focus(trainer: PackedTrainer, kind: str, factor: float) -> None:
+    """Weigh the answers of one kind about single pictures by `factor`."""
+    kinds = SLOTS[PICTURE]
+    if kind not in kinds:
+        raise SystemExit(f"--focus: got {kind!r}, expected one of {', '.join(kinds)}")
+    start = sum(map(targets_of, kinds[: kinds.index(kind)]))
+    trainer.packings[PICTURE].weight[start : start + targets_of(kind)] *= factor
+
+
+def validation(
+    args: argparse.Namespace, tokens: QuestionTokens, device: torch.device
+) -> list[Batch]:
+    """Questions about scenes of the validation split, in the shares of a training batch."""
+    held = torch.Generator(device).manual_seed(77)
+    part = min(args.check_size, 256)
+    share = part / args.sizes[PICTURE]
+    sizes = {form: math.ceil(size * share) for form, size in args.sizes.items()}
+    shown = pictures.load("validation", str(device))
+    return [make_batch(sizes, tokens, shown, held) for _ in range(args.check_size // part)]
 
 
 def compile_blocks(trainer: PackedTrainer) -> None:
-    """Compiles each block in place: equal ones share one graph, so it takes seconds."""
-    tower = trainer.model.model.vision_tower
-    blocks = [*getattr(tower, "vision_model", tower).encoder.layers]
-    for block in [*blocks, *trainer.model.model.language_model.layers]:
-        block.compile()
+    """Compiles each block in place: equal ones share one graph per form, so it takes seconds."""
+    for block in [*trainer.blocks(), *trainer.model.model.language_model.layers]:
+        block.compile(dynamic=False)
 
 
 def low_precision(device: torch.device) -> torch.autocast:
@@ -278,8 +312,10 @@ def run_steps(
         compile_blocks(trainer)
     shown = pictures.load("train", str(device))
     generator = torch.Generator(device).manual_seed(1_000_003 * (args.seed + 1) + state["step"])
-    fixed = make_batch(args.batch, tokens, shown, generator) if args.fixed else None
+    fixed = make_batch(args.sizes, tokens, shown, generator) if args.fixed else None
+    alone = {PICTURE: args.batch}
     patch_weight = torch.zeros((), device=device)
+    weights = {form: 1.0 if form == PICTURE else args.story_weight for form in args.sizes}
     first, before = state["step"], state["seconds"]
     start = since = time.perf_counter()
     while (now := time.perf_counter()) < deadline:
@@ -287,24 +323,50 @@ def run_steps(
         for group in optimizer.param_groups:
             group["lr"] = rate_at(progress, state["step"] - first, args)
         patch_weight.fill_(args.patch_loss * max(0.0, 1 - progress / PATCH_UNTIL))
-        batch = fixed or make_batch(args.batch, tokens, shown, generator)
+        sizes = args.sizes if progress >= args.stories_from else alone
+        batch = fixed or make_batch(sizes, tokens, shown, generator)
         with low_precision(device):
-            losses = trainer(batch, patch_weight)
+            losses, hits = trainer(batch, patch_weight, weights)
         losses["loss"].backward()
+        turn, skip = divmod(state["step"], RESIZED_EVERY)
+        if args.resized and progress > args.resized_from and not skip:
+            size = args.other_sizes[turn % len(args.other_sizes)]
+            part = make_resized(args.resized, size, tokens, shown, generator)
+            losses["resized"] = train_resized(trainer, resized(size), part, device)
         norm = torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         state["step"] += 1
         if state["step"] % args.log_every == 0:
-            values = {k: float(losses[k].detach()) for k in ("loss", "answer", "labels", "patch")}
+            values = {name: float(value.detach()) for name, value in losses.items()}
             state["seconds"] = before + time.perf_counter() - start
             pace, since = (time.perf_counter() - since) / args.log_every, time.perf_counter()
-            hits = {k: list(v) for k, v in kind_hits(losses["hit"], batch.targets).items()}
-            log(**state, ms=1000 * pace, norm=float(norm), **values, train=accuracy(hits))
+            right: dict[str, list[int]] = {}
+            for form, hit in hits.items():
+                add_hits(right, kind_hits(form, hit, batch.parts[form].targets))
+            if device.type == "cuda":
+                values["gib"] = torch.cuda.max_memory_allocated() / 2**30
+            log(**state, ms=1000 * pace, norm=float(norm), **values, train=accuracy(right))
+        if args.give_up and state["step"] - first == 200 and losses["patch"] > args.give_up:
+            raise SystemExit(f"the tower learns nothing: patch loss {float(losses['patch']):.2f}")
         if state["step"] % args.check_every == 0:
             with low_precision(device):
                 log(step=state["step"], check="full", **check(trainer, batches))
+            since = time.perf_counter()
     state["seconds"] = before + time.perf_counter() - start
+
+
+# every size would be compiled anew
+@torch.compiler.set_stance("force_eager")
+def train_resized(
+    trainer: PackedTrainer, form: str, part: Part, device: torch.device
+) -> torch.Tensor:
+    """Gradients of some questions about pictures of another size; returns their loss."""
+    with low_precision(device):
+        features = trainer.see({form: part})[form].features
+        loss, _ = trainer.answer_loss(form, part, features)
+    (RESIZED_WEIGHT * loss).backward()
+    return loss
 
 
 def main() -> None:
@@ -314,7 +376,14 @@ def main() -> None:
     log = Log(args.out / "train.jsonl")
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     log(
-        device=name, torch=torch.__version__, batch=args.batch, rate=args.rate, minutes=args.minutes
+        family=args.family,
+        device=name,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        **args.sizes,
+        resized=args.resized,
+        rate=args.rate,
+        minutes=args.minutes,
     )
     train(args, log, began)
 

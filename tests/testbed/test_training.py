@@ -2,152 +2,176 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from vtc.testbed import model_folder, pictures, scenes
+from vtc.testbed import FAMILIES, model_folder, pictures, scenes
+from vtc.testbed.batches import Batch, Part, kind_hits, make_batch, make_resized
 from vtc.testbed.examples import _texts
-from vtc.testbed.model import build_model, build_processor
-from vtc.testbed.questions import ALL_KINDS, ask
+from vtc.testbed.families import family
+from vtc.testbed.packing import CLIP, PICTURE, SLOTS, targets_of
+from vtc.testbed.questions import ask
 from vtc.testbed.tokens import PAD_TARGET, QuestionTokens
-from vtc.testbed.training import Batch, PackedTrainer, make_batch
+from vtc.testbed.towers import TRAINERS
+from vtc.testbed.training import PackedTrainer
+from vtc.testbed.vocabulary import KIND_NAMES
 
 
-@pytest.fixture(scope="module")
-def processor() -> Any:
+@dataclass
+class Packed:
+    """A random model of a family, its trainer, and a batch of every form with its questions."""
+
+    processor: Any
+    model: Any
+    module: Any
+    tokens: QuestionTokens
+    trainer: PackedTrainer
+    batch: Batch
+
+
+def make(name: str, size: int = 2) -> Packed:
     from transformers import AutoProcessor
 
-    return AutoProcessor.from_pretrained(model_folder())
-
-
-@pytest.fixture(scope="module")
-def packed(processor: Any) -> tuple[Any, PackedTrainer, scenes.Scene, Batch]:
-    """A random model, its trainer, scenes and the batch made of them."""
+    module, processor = family(name), AutoProcessor.from_pretrained(model_folder(name))
     torch.manual_seed(0)
-    model = build_model(processor.tokenizer, small=True).eval()
-    tokens = QuestionTokens(processor.tokenizer)
+    model = module.build_model(processor.tokenizer, small=True).eval()
+    tokens = QuestionTokens(processor.tokenizer, "cpu", module.BEFORE, module.AFTER)
+    sizes = dict.fromkeys((PICTURE,) if name == "llava" else SLOTS, size)
+    trainer = TRAINERS[name](model, processor, tokens, sizes)
+    batch = make_batch(sizes, tokens, pictures.load("train"), torch.Generator().manual_seed(1))
+    return Packed(processor, model, module, tokens, trainer, batch)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def packed(request: pytest.FixtureRequest) -> Packed:
+    return make(request.param)
+
+
+def pil(images: torch.Tensor) -> list[Image.Image]:
+    """uint8 [V, 3, h, w] as pictures."""
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+
+def stock_logits(packed: Packed, shown: list[Image.Image], clip: bool, text: str) -> torch.Tensor:
+    """Of the stock model, for the real processor's prompt: `text` is "question|answer"."""
+    question, answer = text.split("|")
+    content = [{"type": "video"}] if clip else [{"type": "image"}] * len(shown)
+    prompt = packed.processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+    )
+    given = {"videos": [shown]} if clip else {"images": shown}
+    inputs = packed.processor(text=[prompt + answer], return_tensors="pt", **given)
+    logits: torch.Tensor = packed.model(**inputs).logits[0]
+    return logits
+
+
+def slots(packed: Packed, form: str, part: Part, row: int) -> Iterator[tuple[int, int, str]]:
+    """First target, number of targets and "question|answer" of the slots that have an answer."""
+    decode, start, first = packed.processor.tokenizer.decode, 0, 0
+    for kind in SLOTS[form]:
+        length, most = packed.tokens.length(kind), targets_of(kind)
+        ids = part.ids[row, start : start + length]
+        targets = part.targets[row, first : first + most]
+        count = int((targets != PAD_TARGET).sum())
+        if count:
+            asked = decode(ids[: part.at[row, first] - start + 1])
+            asked = asked[len(packed.module.BEFORE) : -len(packed.module.AFTER)]
+            yield first, count, f"{asked}|{decode(targets[: count - 1])}"
+        start, first = start + length, first + most
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", SLOTS)
+def test_a_packed_question_gets_the_logits_it_gets_alone(packed: Packed, form: str) -> None:
+    if form not in packed.batch.parts:
+        pytest.skip("a family that sees single pictures")
+    seen = packed.trainer.see(packed.batch.parts)[form]
+    part, checked = packed.batch.parts[form], 0
+    logits = packed.trainer.logits(form, part, seen.features)
+    for row in range(len(part.ids)):
+        for first, count, text in slots(packed, form, part, row):
+            want = stock_logits(packed, pil(part.images[row]), form == CLIP, text)[-count:]
+            found = logits[row, first : first + count]
+            torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
+            checked += 1
+    assert checked >= len(SLOTS[form])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(56, 56), (80, 112)])
+def test_other_sizes_are_what_the_stock_model_sees(size: tuple[int, int]) -> None:
+    packed = make("qwen2_vl", 1)
+    form = packed.trainer.add_form(PICTURE, packed.processor, packed.tokens, size)
+    generator = torch.Generator().manual_seed(4)
+    part = make_resized(1, size, packed.tokens, pictures.load("train"), generator)
+    logits = packed.trainer.logits(form, part, packed.trainer.see({form: part})[form].features)
+    for first, count, text in slots(packed, PICTURE, part, 0):
+        want = stock_logits(packed, pil(part.images[0]), False, text)[-count:]
+        torch.testing.assert_close(logits[0, first : first + count], want, atol=1e-5, rtol=0)
+
+
+def test_targets_are_the_answers(packed: Packed) -> None:
+    """The first scene's questions in the words of `examples`."""
     generator = torch.Generator().manual_seed(1)
-    state = generator.get_state()
-    batch = make_batch(3, tokens, pictures.load("train"), generator)
-    scene = scenes.sample(scenes.uniforms(3, generator.set_state(state)))
-    return model, PackedTrainer(model, tokens), scene, batch
-
-
-def prompt(processor: Any, question: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text: str = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    return text
+    scene = scenes.sample(scenes.uniforms(2, generator))
+    texts = {text for *_, text in slots(packed, PICTURE, packed.batch.parts[PICTURE], 0)}
+    for kind in KIND_NAMES[:6]:
+        question, answer = next(iter(_texts(kind, ask(scene, kind))))
+        assert f"{question}|{answer}" in texts
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [k for k in ALL_KINDS if k != "caption"])
-def test_a_packed_question_gets_the_logits_it_gets_alone(
-    processor: Any, packed: Any, kind: str
-) -> None:
-    model, trainer, scene, batch = packed
-    tap, _ = trainer.tower(batch.images)
-    logits = trainer.logits(batch.ids, batch.at, tap[:, 1:])
-    start = 3 * ALL_KINDS.index(kind)
-    for b, (question, answer) in enumerate(_texts(kind, ask(scene, kind))):
-        picture = Image.fromarray(batch.images[b].permute(1, 2, 0).numpy())
-        text = prompt(processor, question) + answer
-        inputs = processor(images=picture, text=text, return_tensors="pt")
-        ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        want = model(**inputs).logits[0, -len(ids) - 1 :]
-        torch.testing.assert_close(logits[b, start : start + len(ids) + 1], want, atol=1e-5, rtol=0)
-        targets = batch.targets[b, start : start + 3]
-        if (targets != PAD_TARGET).any():  # the card may be missing from this scene
-            wanted = [*ids, processor.tokenizer.eos_token_id]
-            assert targets[: len(wanted)].tolist() == wanted
+def test_hiding_tokens_equals_masking_them(packed: Packed) -> None:
+    for form, part in packed.batch.parts.items():
+        tokens = packed.trainer.see({form: part})[form].features.unflatten(0, (2, -1))
+        keep = torch.rand(2, tokens.shape[1] * tokens.shape[2]) < 0.3
+        changed = tokens.flatten(1, 2).clone()
+        changed[~keep] = 7.0
+        torch.testing.assert_close(
+            packed.trainer.logits(form, part, tokens.flatten(0, 1), keep),
+            packed.trainer.logits(form, part, changed.view_as(tokens).flatten(0, 1), keep),
+        )
 
 
 @torch.no_grad()
-def test_hiding_tokens_equals_masking_them(processor: Any, packed: Any) -> None:
-    _, trainer, _, batch = packed
-    tap, _ = trainer.tower(batch.images)
-    keep = torch.rand(3, 196, generator=torch.Generator().manual_seed(2)) < 0.3
-    changed = tap[:, 1:].clone()
-    changed[~keep] = 7.0
-    args = (batch.ids, batch.at)
-    torch.testing.assert_close(
-        trainer.logits(*args, tap[:, 1:], keep), trainer.logits(*args, changed, keep)
-    )
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_cls_scores_are_the_stock_attention(name: str) -> None:
+    packed = make(name)
+    grids = packed.trainer.grids(packed.batch.parts[PICTURE].images)
+    scores = packed.trainer.cls_scores(grids)
+    packed.model.set_attn_implementation("eager")
+    tower = packed.model.model.vision_tower
+    maps = tower(grids, output_attentions=True).attentions
+    # the last third of the blocks that the language model sees
+    used = maps[1:2]
+    want = torch.stack([a[:, :, 0, 1:].mean(1) for a in used]).sum(0)
+    if name == "internvl":
+        side = packed.model.model.pixel_shuffle(want.view(-1, 28, 28, 1), 0.5)
+        want = side.flatten(1, 2).mean(-1)
+    torch.testing.assert_close(scores, want)
 
 
-def test_training_learns_one_batch(processor: Any) -> None:
-    torch.manual_seed(0)
-    tokens = QuestionTokens(processor.tokenizer)
-    trainer = PackedTrainer(build_model(processor.tokenizer, small=True), tokens)
-    batch = make_batch(4, tokens, pictures.load("train"), torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(trainer.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(30):
-        found = trainer(batch, torch.tensor(0.3))
+@pytest.mark.parametrize(
+    "name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qwen2_vl", "internvl"))]
+)
+def test_training_learns_one_batch(name: str) -> None:
+    packed = make(name)
+    optimizer = torch.optim.AdamW(packed.trainer.parameters(), lr=3e-3)
+    weights, losses = dict.fromkeys(packed.batch.parts, 1.0), []
+    for _ in range(25):
+        found, hits = packed.trainer(packed.batch, torch.tensor(0.3), weights)
         optimizer.zero_grad()
         found["loss"].backward()
         optimizer.step()
-        losses.append(float(found["answer"]))
-    assert losses[-1] < losses[0] / 2
-
-
-@torch.no_grad()
-def test_the_shipped_model_sees_and_cannot_guess(processor: Any) -> None:
-    from transformers import AutoModelForImageTextToText
-
-    from vtc.testbed import KINDS, examples
-
-    model = AutoModelForImageTextToText.from_pretrained(model_folder(), dtype=torch.float32)
-    found = examples(160)
-    text = [prompt(processor, example.question) for example in found]
-
-    def right(images: list[Image.Image]) -> float:
-        hits = 0
-        for at in range(0, len(found), 40):
-            part = slice(at, at + 40)
-            inputs = processor(
-                images=images[part], text=text[part], padding=True, return_tensors="pt"
-            )
-            out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-            answers = processor.batch_decode(
-                out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            hits += sum(a == e.answer for a, e in zip(answers, found[part], strict=True))
-        return hits / len(found)
-
-    assert right([example.image for example in found]) > 0.92
-    chance = sum(KINDS.values()) / len(KINDS)
-    assert right([Image.new("RGB", (112, 112), (127, 127, 127))] * len(found)) <= chance + 0.03
-
-
-def test_the_processor_shows_the_model_the_picture_as_drawn(processor: Any) -> None:
-    from vtc.testbed import examples
-    from vtc.viz import as_seen
-
-    image = examples(1)[0].image
-    assert as_seen(image, processor).tobytes() == image.tobytes()
-
-
-def test_the_shipped_tokenizer_and_processor_are_those_of_the_code(tmp_path: Any) -> None:
-    build_processor().save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / name).read_text() == (model_folder() / name).read_text()
-    made, shipped = (
-        json.loads((folder / "processor_config.json").read_text())
-        for folder in (tmp_path, model_folder())
-    )
-    assert made["image_processor"]["size"] == shipped["image_processor"]["size"]
-    assert made["patch_size"] == shipped["patch_size"] == 8
-
-
-def test_the_shipped_model_is_small_and_whole() -> None:
-    folder = model_folder()
-    weights = list(folder.glob("*.safetensors"))
-    assert weights and all(file.stat().st_size <= 16 * 2**20 for file in weights)
-    config = json.loads((folder / "config.json").read_text())
-    assert config["image_seq_length"] >= 144
+        losses.append([float(found[form]) for form in packed.batch.parts])
+    assert all(last < first / 2 for first, last in zip(losses[0], losses[-1], strict=True))
+    for form, hit in hits.items():
+        counted = kind_hits(form, hit, packed.batch.parts[form].targets)
+        assert set(counted) == set(SLOTS[form])
+        assert all(right <= asked <= 8 for right, asked in counted.values())

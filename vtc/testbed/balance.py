@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.testbed import changes
+from vtc.testbed.changes import Story
 from vtc.testbed.questions import ALL_KINDS, Questions, ask, relation_gap
 from vtc.testbed.scenes import COLUMNS, SIZE, Scene, sample
 from vtc.testbed.vocabulary import FIRST_COLOR, FIRST_SHAPE
@@ -24,6 +26,9 @@ GROUP = {
     "relation": 2,
     "number": 2,
     "digit": 10,
+    "difference": 8,
+    "change": 8,
+    "motion": 4,
 }
 
 
@@ -106,6 +111,11 @@ def _relabel(kind: str, scene: Scene, leader: Tensor, turn: Tensor) -> Scene:
                 active, wanted[:, column], table.gather(1, own[:, column, None])[:, 0]
             )
             _swap(table, own[:, column], target)
+    return renamed(scene, colors, shapes)
+
+
+def renamed(scene: Scene, colors: Tensor, shapes: Tensor) -> Scene:
+    """The scenes with new names: color i of row b becomes `colors[b, i]`, shapes alike."""
     return scene.replace(
         color=colors.gather(1, scene.color),
         shape=shapes.gather(1, scene.shape),
@@ -120,3 +130,46 @@ def _swap(table: Tensor, source: Tensor, target: Tensor) -> None:
     where = (table == target[:, None]).long().argmax(-1, keepdim=True)
     table.scatter_(1, where, old)
     table.scatter_(1, source[:, None], target[:, None])
+
+
+def balanced_story(kind: str, u: Tensor, more: Tensor) -> tuple[Story, Questions]:
+    """As `balanced`, for questions about two pictures or a clip; `more` [B, changes.WIDTH]."""
+    group = GROUP[kind]
+    index = torch.arange(len(u), device=u.device)
+    leader, turn = index // group * group, index % group
+    more = more.clone()
+    more[:, changes.TEMPLATE] = more[leader, changes.TEMPLATE]
+    scene = sample(u)
+    if kind == "difference":
+        story = changes.pair(scene, more)
+    else:
+        mover, side = changes.move(scene, more)
+        if kind == "motion":
+            scene, side = _turned(scene, side, turn), turn
+        story = changes.clip(scene, more, mover, side)
+    asked = changes.ask(story, kind, changes.template(kind, more))
+    colors = torch.arange(8, device=u.device).expand(len(u), -1).clone()
+    shapes = colors.clone()
+    if kind == "motion":
+        _swap(colors, asked.fillers[:, 0], asked.fillers[leader, 0])
+        _swap(shapes, asked.fillers[:, 1], asked.fillers[leader, 1])
+    else:
+        answer = asked.answer[:, 0]
+        of_shape = answer >= FIRST_SHAPE
+        # rows that ask for the other attribute map a name to itself
+        color = torch.where(of_shape, 0, answer - FIRST_COLOR)
+        shape = torch.where(of_shape, answer - FIRST_SHAPE, 0)
+        _swap(colors, color, torch.where(of_shape, color, turn))
+        _swap(shapes, shape, torch.where(of_shape, turn, shape))
+    story = story.replace(scenes=tuple(renamed(s, colors, shapes) for s in story.scenes))
+    return story, changes.ask(story, kind, asked.template)
+
+
+def _turned(scene: Scene, side: Tensor, wanted: Tensor) -> Scene:
+    """Scenes transposed and mirrored so that what moved to `side` moves to `wanted`."""
+    across = (side // 2 != wanted // 2)[:, None, None]
+    center = torch.where(across, scene.center.flip(-1), scene.center)
+    # left and right, top and bottom are pairs (2i, 2i + 1)
+    mirrored = side % 2 != wanted % 2
+    axes = torch.stack([mirrored & (wanted < 2), mirrored & (wanted >= 2)], 1)
+    return scene.replace(center=torch.where(axes[:, None], SIZE - center, center))

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +18,20 @@ from PIL import Image
 from torch import Tensor
 
 from vtc.errors import OptionError
-from vtc.testbed import pictures, scenes
-from vtc.testbed.balance import balanced
+from vtc.testbed import changes, pictures, scenes
+from vtc.testbed.balance import balanced, balanced_story
 from vtc.testbed.questions import ALL_KINDS, Questions, caption
-from vtc.testbed.render import paint
-from vtc.testbed.vocabulary import CAPTION, COLORS, KIND_NAMES, SHAPES, TEMPLATES, answer_text
+from vtc.testbed.render import paint, paint_all
+from vtc.testbed.vocabulary import (
+    CAPTION,
+    CLIP_KINDS,
+    COLORS,
+    KIND_NAMES,
+    PAIR_KINDS,
+    SHAPES,
+    TEMPLATES,
+    answer_text,
+)
 from vtc.testbed.vocabulary import phrase as phrased
 
 # scenes drawn at once: a multiple of every group of balanced answers
@@ -29,6 +39,7 @@ BLOCK = 40
 # a token carries evidence if a box covers so much of its cell
 COVERED = 0.2
 Box = tuple[int, int, int, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,19 +47,39 @@ class Example:
     """One question.
 
     Attributes:
-        image: RGB, 112×112.
+        images: RGB, 112×112: one, or the two of a pair; none for a clip.
         question: as asked, without a chat template.
         answer: one word, a number of two digits, or a caption.
-        kind: one of `KINDS`, or `"caption"`.
-        evidence: boxes (x0, y0, x1, y1) in pixels of what carries the answer; none where nothing
-            does (a shape that is not there).
+        kind: one of `KINDS`, `PAIR_KINDS` or `CLIP_KINDS`, or `"caption"`.
+        boxes: for each picture or frame, boxes (x0, y0, x1, y1) in pixels of what carries the
+            answer; none where nothing does (a shape that is not there).
+        video: the frames of a clip, in order.
     """
 
-    image: Image.Image
+    images: tuple[Image.Image, ...]
     question: str
     answer: str
     kind: str
-    evidence: tuple[Box, ...]
+    boxes: tuple[tuple[Box, ...], ...]
+    video: tuple[Image.Image, ...] | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture of a question about one."""
+        return self._one(self.images)
+
+    @property
+    def evidence(self) -> tuple[Box, ...]:
+        """The boxes in the picture of a question about one."""
+        return self._one(self.boxes)
+
+    def _one(self, found: tuple[T, ...]) -> T:
+        if len(found) != 1:
+            raise OptionError(
+                f"a question of kind {self.kind!r} has {len(self.boxes)} pictures, expected 1; "
+                f"read .images, .video and .boxes"
+            )
+        return found[0]
 
 
 def examples(
@@ -64,13 +95,15 @@ def examples(
         split: `"train"`, `"validation"` or `"test"`: no photograph's cut, no handwritten sample and
             no scene is in two of them.
         seed: another seed gives other scenes of the same split.
-        kinds: kinds of question, of `KINDS` and `"caption"`.
+        kinds: kinds of question, of `KINDS`, `"caption"`, `PAIR_KINDS` and `CLIP_KINDS`. The
+            `llava` model knows those about one picture.
 
     Raises:
         OptionError: no such split or kind, or a negative count.
     """
-    if unknown := [kind for kind in kinds if kind not in ALL_KINDS]:
-        raise OptionError(f"kinds: got {unknown[0]!r}, expected some of {', '.join(ALL_KINDS)}")
+    known = (*ALL_KINDS, *PAIR_KINDS, *CLIP_KINDS)
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise OptionError(f"kinds: got {unknown[0]!r}, expected some of {', '.join(known)}")
     if count < 0 or not kinds:
         raise OptionError(f"got count={count} and {len(kinds)} kinds, expected at least 0 and 1")
     streams = [_stream(kind, split, seed) for kind in kinds]
@@ -103,13 +136,33 @@ def _block(kind: str, split: str, seed: int, block: int) -> list[Example]:
     u = scenes.uniforms(BLOCK, generator)
     if kind == CAPTION:
         return _captions(scenes.sample(u), split, generator)
+    if kind not in KIND_NAMES:
+        return _stories(kind, u, split, generator)
     scene, asked = balanced(kind, u)
     images = _images(scene, split, generator)
     boxes, texts = scene.boxes(), _texts(kind, asked)
     return [
-        Example(image, question, answer, kind, _as_boxes(boxes[i][asked.evidence[i]]))
+        Example((image,), question, answer, kind, (_as_boxes(boxes[i][asked.evidence[i]]),))
         for i, (image, (question, answer)) in enumerate(zip(images, texts, strict=True))
     ]
+
+
+def _stories(kind: str, u: Tensor, split: str, generator: torch.Generator) -> list[Example]:
+    """Questions about pairs and clips."""
+    story, asked = balanced_story(kind, u, changes.uniforms(BLOCK, generator))
+    pixels, _ = paint_all(story.scenes, pictures.load(split), generator)
+    boxes = [scene.boxes() for scene in story.scenes]
+    found = []
+    for i, (question, answer) in enumerate(_texts(kind, asked)):
+        shown = tuple(_as_images(pixels[i]))
+        evidence = tuple(
+            _as_boxes(of_all[i][places])
+            for of_all, places in zip(boxes, asked.evidence[i], strict=True)
+        )
+        is_clip = kind in CLIP_KINDS
+        images, video = ((), shown) if is_clip else (shown, None)
+        found.append(Example(images, question, answer, kind, evidence, video))
+    return found
 
 
 def _captions(scene: scenes.Scene, split: str, generator: torch.Generator) -> list[Example]:
@@ -123,12 +176,17 @@ def _captions(scene: scenes.Scene, split: str, generator: torch.Generator) -> li
         pairs = zip(colors[i].tolist(), shapes[i].tolist(), strict=True)
         answer = ", ".join(f"{COLORS[c]} {SHAPES[s]}" for c, s in pairs if c >= 0)
         boxed = _as_boxes(boxes[i][filled[i]])
-        found.append(Example(images[i], TEMPLATES[CAPTION][0], answer, CAPTION, boxed))
+        found.append(Example((images[i],), TEMPLATES[CAPTION][0], answer, CAPTION, (boxed,)))
     return found
 
 
 def _images(scene: scenes.Scene, split: str, generator: torch.Generator) -> list[Image.Image]:
     pixels, _ = paint(scene, pictures.load(split), generator)
+    return _as_images(pixels)
+
+
+def _as_images(pixels: Tensor) -> list[Image.Image]:
+    """Pictures of uint8 [V, 3, S, S]."""
     return [Image.fromarray(p) for p in np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())]
 
 

@@ -6,6 +6,8 @@ Shapes are signed distance fields looked up through an affine map, so a whole ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,33 @@ def paint(
 
     `generator` draws what no question asks about: the background, clutter, shades and noise.
     """
+    image, cover = _clean(scene, pictures, generator, contrast)
+    return _noisy(image, generator), cover
+
+
+def paint_all(
+    scenes: Sequence[Scene], pictures: Pictures, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The same scenes at V moments, uint8 [B, V, 3, S, S], and the covers [B, V, P, S, S].
+
+    All that no question asks about is drawn once; only the noise is new in each picture.
+    """
+    before, clean = generator.get_state(), []
+    for scene in scenes:
+        generator.set_state(before)
+        clean.append(_clean(scene, pictures, generator, 1.0))
+    images = torch.stack([_noisy(image, generator) for image, _ in clean], 1)
+    return images, torch.stack([cover for _, cover in clean], 1)
+
+
+def _noisy(image: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(image.shape, generator=generator, device=image.device)
+    return (image + 3 * noise).clamp(0, 255).round().to(torch.uint8)
+
+
+def _clean(
+    scene: Scene, pictures: Pictures, generator: torch.Generator, contrast: float
+) -> tuple[Tensor, Tensor]:
     size = len(scene)
     image = _background(size, pictures, generator, contrast)
     image = _clutter(image, generator)
@@ -32,8 +61,6 @@ def paint(
     for place, sheet in ((NUMBER_PLACE, _number_sheet), (DIGIT_PLACE, _digit_sheet)):
         image, card = _card(image, scene, place, sheet(scene, pictures), generator)
         covers.append(card)
-    noise = torch.randn(image.shape, generator=generator, device=image.device)
-    image = (image + 3 * noise).clamp(0, 255).round().to(torch.uint8)
     return image, torch.cat(covers, 1)
 
 

@@ -31,7 +31,12 @@ def caption(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:
 
 def blank(doc: Mapping[str, Any]) -> list[Image.Image]:
     """A gray picture in place of the question's."""
-    return [Image.new("RGB", (SIZE, SIZE), GRAY)]
+    return [gray()]
+
+
+def gray() -> Image.Image:
+    """A picture that shows nothing."""
+    return Image.new("RGB", (SIZE, SIZE), GRAY)
 
 
 def without_evidence(questions: Any) -> Any:

@@ -1,7 +1,7 @@
 """Questions straight to token ids, without text in between: lookup tables made by the tokenizer.
 
 A question becomes a *slot*: its tokens behind the image, then the answer and the end token, then
-padding. Slots of several questions about one image may follow each other (see training.py).
+padding. Slots of several questions about one image may follow each other (see packing.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.testbed.families import llava
 from vtc.testbed.questions import Questions
 from vtc.testbed.scenes import OBJECTS
 from vtc.testbed.vocabulary import ANSWERS, CAPTION, COLORS, PLURALS, SHAPES, TEMPLATES
@@ -41,12 +42,21 @@ class Slot:
 class QuestionTokens:
     """Turns `Questions` into `Slot`s for one tokenizer, on one device."""
 
-    def __init__(self, tokenizer: Any, device: str | torch.device = "cpu") -> None:
-        """Reads every template and word through the tokenizer once."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        device: str | torch.device = "cpu",
+        before: str = llava.BEFORE,
+        after: str = llava.AFTER,
+    ) -> None:
+        """Reads every template and word through the tokenizer once.
+
+        `before` and `after` are what the chat format puts around a question, behind the pictures.
+        """
         self._tokenizer = tokenizer
         self._device = torch.device(device)
         self.pad, self.eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        self.prefix = self._ids("USER: ")  # before the image
+        self.before, self.after = before, after
         self._answers = torch.tensor([self._one(word) for word in ANSWERS], device=device)
         self._words = {
             name: torch.tensor([self._one(" " + word) for word in words], device=device)
@@ -70,7 +80,7 @@ class QuestionTokens:
         rows = []
         for template in TEMPLATES[kind]:
             row: list[int] = []
-            text = f"\n{template} ASSISTANT:"
+            text = f"{self.before}{template}{self.after}"
             for i, part in enumerate(re.split(r" \{(\w+)\}", text)):
                 row += [_CODES[part]] if i % 2 else self._ids(part)
             rows.append(row)

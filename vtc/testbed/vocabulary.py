@@ -30,6 +30,9 @@ KINDS: dict[str, float] = {
 KIND_NAMES = tuple(KINDS)
 # free-form, scored apart and never mixed with the one-word kinds
 CAPTION = "caption"
+# about two pictures, and about the frames of a clip: for families that were trained on them
+PAIR_KINDS: dict[str, float] = {"difference": 1 / 8}
+CLIP_KINDS: dict[str, float] = {"change": 1 / 8, "motion": 1 / 4}
 
 # {c} {s}: color and shape of the object asked about, {ss}: plural, {d} {t}: the second object
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -60,6 +63,20 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "number": ("what number is printed on the card?", "which number can you read?"),
     "digit": ("which digit is written by hand?", "what is the handwritten digit?"),
     "caption": ("list the objects from left to right.",),
+    "difference": (
+        "what color is the object that only the first picture shows?",
+        "what color is the object that only the second picture shows?",
+        "what shape is the object that only the first picture shows?",
+        "what shape is the object that only the second picture shows?",
+    ),
+    "change": (
+        "what is the new color of the object that changes?",
+        "what was the old color of the object that changes?",
+    ),
+    "motion": (
+        "to which side does the {c} {s} move?",
+        "towards which side is the {c} {s} moving?",
+    ),
 }
 
 # answers by index; a printed number has two indices, tens and ones
