@@ -360,6 +360,8 @@ def test_replicas_of_data_parallel_are_refused() -> None:
         assert same(answers(model, inputs), want)
 
 
+# host logic between compiled parts: the clock, for one
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_a_compiled_forward_of_a_patched_model(patch_first: bool) -> None:
