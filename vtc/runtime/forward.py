@@ -20,7 +20,8 @@ from vtc.errors import InputError, NeverCompressedError, PatchError, Unsupported
 from vtc.runtime.cache import CacheState, filled, remember, remembered
 from vtc.runtime.clock import Clock
 from vtc.runtime.images import Images
-from vtc.runtime.session import Session, Short, full_of, gather_groups
+from vtc.runtime.session import Session
+from vtc.runtime.short import Short, full_of, gather_groups
 from vtc.types import Selection
 
 

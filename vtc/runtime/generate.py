@@ -21,7 +21,8 @@ from vtc.runtime.cache import CacheState, filled, remember, remembered
 from vtc.runtime.clock import Clock
 from vtc.runtime.forward import ForwardSeam
 from vtc.runtime.images import Images
-from vtc.runtime.session import Session, full_of, gather_groups
+from vtc.runtime.session import Session
+from vtc.runtime.short import full_of, gather_groups
 from vtc.runtime.turns import Turn, next_turn
 
 

@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapters.base import Adapter
 from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method
 from vtc.runtime.clock import Clock
-from vtc.runtime.compaction import Compaction, Policy, by_row, plan
+from vtc.runtime.compaction import Policy, by_row, plan
 from vtc.runtime.images import Images, find_images
-from vtc.runtime.layer_stage import Placed
 from vtc.runtime.layers import LayerSeam
 from vtc.runtime.report import kv_bytes, kv_lengths
+from vtc.runtime.short import Full, Short, following, gather_groups, last, placed_of, with_slots
 from vtc.runtime.tower import Tower
 from vtc.scorers import RandomScores
 from vtc.types import Budget, Selection, Tokens
@@ -51,61 +50,6 @@ class Call:
     encoder: Selection | None = None
     block_patches: tuple[int, ...] = ()
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-
-@dataclass(frozen=True, eq=False)
-class Full:
-    """What the stock base model would feed its language model, before compression.
-
-    Attributes:
-        embeds: `[B, S, D]`.
-        deep: `[B, S, layers · D]`, what is added behind the first decoder layers, or None.
-    """
-
-    embeds: Tensor
-    deep: Tensor | None = None
-
-    @property
-    def stacked(self) -> Tensor:
-        """Both side by side: what belongs to a token is cut and merged together."""
-        return self.embeds if self.deep is None else torch.cat([self.embeds, self.deep], -1)
-
-
-@dataclass(frozen=True, eq=False)
-class Short:
-    """The language model's inputs after compression.
-
-    Attributes:
-        inputs_embeds: `[B, L, D]`.
-        attention_mask: `[B, L]`.
-        position_ids: `[(P,) B, L]`.
-        shift: `[(P,) B, 1]`, how far positions moved down.
-        following: `[B, 1]`, the position id that comes next.
-        deep: `[B, L, layers · D]` or None.
-        visual: `bool[B, L]`.
-        compaction: how it was made.
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    shift: Tensor
-    following: Tensor
-    deep: Tensor | None
-    visual: Tensor
-    compaction: Compaction
-
-    def deepstack(self, repeats: int = 1) -> dict[str, Any]:
-        """The keyword inputs of a language model with DeepStack; each row repeated for beams."""
-        if self.deep is None:
-            return {}
-        visual = self.visual.repeat_interleave(repeats, 0)
-        deep = self.deep.repeat_interleave(repeats, 0)[visual]
-        width = self.inputs_embeds.shape[-1]
-        return {
-            "visual_pos_masks": visual,
-            "deepstack_visual_embeds": list(deep.split(width, -1)),
-        }
 
 
 class _Captured(Exception):
@@ -374,7 +318,7 @@ class Session:
             filled = selection.slot_positions[:, kept:].cpu() >= 0
             parts = [s[where] for s, where in zip(slots[:, kept:], filled, strict=True)]
             appended = by_row(parts, images.rows, len(embeds))
-            embeds = _replace_kept(images, selection, embeds, slots)
+            embeds = with_slots(images, selection, embeds, slots)
         short = compaction.gather(embeds, appended)
         short_mask = compaction.mask(mask)
         short_ids = compaction.positions(ids, short_mask, self.policy)
@@ -382,7 +326,7 @@ class Session:
             inputs_embeds=short[..., :width].contiguous(),
             attention_mask=short_mask,
             position_ids=short_ids,
-            shift=_last(ids, mask) - _last(short_ids, short_mask),
+            shift=last(ids, mask) - last(short_ids, short_mask),
             following=following(short_ids, short_mask),
             deep=short[..., width:] if short.shape[-1] > width else None,
             visual=compaction.valid & (compaction.group >= 0),
@@ -428,84 +372,6 @@ class Session:
         finally:
             hook.remove()
         raise InputError("the model never called its language model; expected a stock forward")
-
-
-def placed_of(images: Images, short: Short) -> Placed:
-    """Where the visual tokens stand in a short sequence, for cuts between decoder layers."""
-    compaction, device = short.compaction, short.inputs_embeds.device
-    group = compaction.group.masked_fill(~compaction.valid, -1)
-    row, column = (group >= 0).nonzero(as_tuple=True)
-    of, origin = group[row, column], compaction.origin[row, column]
-    counts = of.bincount(minlength=len(images.visuals)).tolist()
-    order = of.argsort(stable=True)
-    # the original token is found by the column whose position an entry takes
-    placed = images.to(device)
-    token = (placed.columns[of] == origin[:, None]).logical_and(placed.valid[of]).int().argmax(-1)
-    columns = pad_sequence(list(column[order].split(counts)), batch_first=True)
-    index = pad_sequence(list(token[order].split(counts)), batch_first=True)
-    lengths = torch.tensor(counts, device=device)
-    newlines = []
-    for line in placed.newlines:
-        at = (
-            (compaction.columns[line[0]] == line[1])
-            & compaction.valid[line[0]]
-            & (group[line[0]] < 0)
-        )
-        if bool(at.any()):
-            newlines.append(torch.cat([line[:1], at.int().argmax()[None], line[2:]]))
-    return Placed(
-        columns=columns,
-        valid=torch.arange(columns.shape[1], device=device) < lengths[:, None],
-        index=index,
-        parent=images.parent.to(device),
-        tokens=images.lengths,
-        visual=short.visual,
-        newlines=torch.stack(newlines) if newlines else placed.newlines[:0],
-    )
-
-
-def full_of(kwargs: Mapping[str, Any]) -> Full:
-    """The embeddings among a language model's inputs, with what DeepStack adds later."""
-    embeds, layers = kwargs["inputs_embeds"], kwargs.get("deepstack_visual_embeds")
-    if not layers:
-        return Full(embeds)
-    where = kwargs["visual_pos_masks"].to(embeds.device)
-    deep = embeds.new_zeros(*embeds.shape[:2], len(layers) * embeds.shape[-1])
-    deep[where] = torch.cat([layer.to(embeds) for layer in layers], -1)
-    return Full(embeds, deep)
-
-
-def gather_groups(images: Images, embeds: Tensor) -> Tensor:
-    """Visual tokens `[G, N, D]` out of rows `[B, S, D]`, zeros on padding."""
-    placed = images.to(embeds.device)
-    found = embeds[placed.rows[:, None], placed.columns]
-    return found.masked_fill(~placed.valid[..., None], 0)
-
-
-def _replace_kept(images: Images, selection: Selection, embeds: Tensor, slots: Tensor) -> Tensor:
-    """Kept tokens into which others were merged, at their own columns."""
-    if not selection.keep.shape[1]:
-        return embeds
-    placed = images.to(embeds.device)
-    valid = selection.valid.to(embeds.device)
-    keep = selection.keep.to(embeds.device)
-    columns = placed.columns.gather(1, keep)[valid]
-    rows = placed.rows[:, None].expand_as(keep)[valid]
-    return embeds.index_put((rows, columns), slots[:, : keep.shape[1]][valid])
-
-
-def following(position_ids: Tensor, mask: Tensor) -> Tensor:
-    """What the next position id of each row would be, `[B, 1]`: behind the highest on any axis."""
-    last = _last(position_ids, mask)
-    if position_ids.dim() == 3:
-        # of four axes, the first counts tokens and turns nothing
-        last = last[1 if len(last) == 4 else 0 :].amax(0)
-    return last.expand(len(mask), 1) + 1
-
-
-def _last(position_ids: Tensor, mask: Tensor) -> Tensor:
-    """The highest position id attended to, `[(P,) B, 1]`."""
-    return position_ids.masked_fill(mask == 0, -1).amax(-1, keepdim=True)
 
 
 def _key(pixels: Tensor) -> int:

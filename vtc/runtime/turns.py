@@ -13,7 +13,8 @@ from vtc.errors import InputError, UnsupportedModeError
 from vtc.runtime.cache import CacheState, filled
 from vtc.runtime.images import Images
 from vtc.runtime.report import kv_lengths
-from vtc.runtime.session import Session, Short, following
+from vtc.runtime.session import Session
+from vtc.runtime.short import Short, following
 
 
 @dataclass(frozen=True, eq=False)
