@@ -103,9 +103,12 @@ def test_what_holds_for_every_method(longest: Spec, llava: Any, make_inputs: Any
 
 
 @pytest.mark.filterwarnings("ignore:.*(do_sample|max_length).*")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in FULL else (pytest.mark.slow,)) for f in FAMILIES],
+)
 def test_what_holds_in_every_family(longest: Spec, family: str) -> None:
-    for mode in MODES if family in FULL else ["greedy", "beams"]:
+    for mode in MODES:
         generates.test_generate_equals_the_oracle(family, longest, mode)
     forwards.test_forward_equals_the_oracle(family, longest)
     turns.compare(family, longest, "a new image", "whole conversation")

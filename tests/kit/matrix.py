@@ -115,7 +115,10 @@ STATEMENTS: dict[str, Callable[..., tuple[Fed, Tensor]]] = {
 
 Refusal = tuple[type[VtcError], str]
 _POOLED: Refusal = (UnsupportedModeError, "got a video of which its frames are pooled, one token")
-_SMALLER: Refusal = (UnsupportedModeError, "got an image of which its canvas of crops is made small")
+_SMALLER: Refusal = (
+    UnsupportedModeError,
+    "got an image of which its canvas of crops is made small",
+)
 # (family, method, prompt): everything that is refused in the matrix
 REFUSED: dict[tuple[str, str, str], Refusal] = {
     ("llava_onevision", "flowcut", "ragged"): _SMALLER,
@@ -256,12 +259,15 @@ def want(spec: Spec, family: str, inputs: Inputs, decision: Decision, mode: str)
 
 def cells(*axes: Sequence[Any], full: Sequence[str] = FULL) -> list[Any]:
     """Every family with every combination of the axes; slow, beyond those that the default run
-    covers: the families of `full` with all, of the others each value of each axis once."""
+    covers: the families of `full` with all but further options of a method, of the others each
+    value of each axis once."""
+    further = {spec for name in VARIANTS for spec in specs_of(name)[1:]}
     out = []
     for f, family in enumerate(FAMILIES):
         chosen = _pairs(f, *axes)
         for cell in _combinations(axes):
-            marks = () if family in full or cell in chosen else (pytest.mark.slow,)
+            fully = family in full and not further & set(cell)
+            marks = () if fully or cell in chosen else (pytest.mark.slow,)
             out.append(pytest.param(family, *cell, marks=marks))
     return out
 
