@@ -50,7 +50,7 @@ class InternVLAdapter(Adapter):
                 f"this InternVL has a vision tower of type {config.vision_config.model_type!r}; "
                 "expected 'internvl_vision'"
             )
-        self._every = round(1 / config.downsample_ratio)
+        self._every: int = round(1 / config.downsample_ratio)
         self.patches_per_token = self._every**2
 
     @property
@@ -75,13 +75,13 @@ class InternVLAdapter(Adapter):
 
     def _side(self, pixels: Tensor) -> int:
         """Tokens on one side of a tile."""
-        height, width = pixels.shape[-2:]
+        height, width = map(int, pixels.shape[-2:])
         if height != width:
             raise InputError(
                 f"pixel_values is {tuple(pixels.shape)}, expected square tiles: pass the "
                 "processor's output"
             )
-        return int(height) // self._patch() // self._every
+        return height // self._patch() // self._every
 
     def visuals(self, inputs: Mapping[str, Any], runs: list[int]) -> list[Visual]:
         """Each stretch of placeholders is an image, of as many tiles as it is long."""

@@ -148,8 +148,8 @@ def markdown() -> str:
     lines += [f"| method | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for m in methods:
         found = [support(m, adapter) for adapter in skeletons()]
-        cells = [str(s) + "".join(_mark(notes, note) for note in s.notes) for s in found]
-        lines.append(f"| `{m.name}` | {' | '.join(cells)} |")
+        marked = [str(s) + "".join(_mark(notes, note) for note in s.notes) for s in found]
+        lines.append(f"| `{m.name}` | {' | '.join(marked)} |")
     lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
     lines += ["", "## How to cite them", ""]
     for m in methods:

@@ -122,7 +122,7 @@ class EncoderCuts:
 
     def _decided(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> Tensor:
         run = layout.run
-        query, key, value = (layout.assembled([s[i] for s in self._seen]) for i in range(3))
+        queries, keys, values, scales = zip(*self._seen, strict=True)
         view = BlockView(
             block=block,
             tap=self.encoder.tap,
@@ -133,10 +133,10 @@ class EncoderCuts:
             tokens=tuple(v.tokens for v in run.visuals),
             rows=tuple(v.rows for v in run.visuals),
             has_cls=self.encoder.has_cls,
-            query=query,
-            key=key,
-            value=value,
-            scale=self._seen[0][3],
+            query=layout.assembled(list(queries)),
+            key=layout.assembled(list(keys)),
+            value=layout.assembled(list(values)),
+            scale=scales[0],
             carry={name: x.to(hidden.device) for name, x in self._carry.items()},
             video=tuple(v.video for v in run.visuals),
         )

@@ -215,7 +215,8 @@ class PackedLayout(_Layout):
 
     def assembled(self, chunks: list[Tensor]) -> Tensor:
         """Queries, keys or values `[1, H, ·, d]` of the segments as rows `[R, H, U·m, d]`."""
-        x = torch.cat(chunks, 2)[0].transpose(0, 1).unflatten(0, (-1, self.m))  # [n, m, H, d]
+        x: Tensor = torch.cat(chunks, 2)[0].transpose(0, 1)
+        x = x.unflatten(0, (-1, self.m))  # [n, m, H, d]
         rows = x[self.where].masked_fill(~self.valid[..., None, None, None], 0)
         return rows.flatten(1, 2).transpose(1, 2)
 
@@ -259,6 +260,6 @@ class PackedLayout(_Layout):
         """The whole sequence, zeros where units were dropped."""
         if len(self.at) == self.total:
             return hidden
-        units = hidden.unflatten(0, (-1, self.m))
+        units: Tensor = hidden.unflatten(0, (-1, self.m))
         out = units.new_zeros(self.total, *units.shape[1:])
         return out.index_put((self.places,), units).flatten(0, 1)

@@ -90,7 +90,8 @@ class Run:
             return values
         if (units := self.units(values.shape[1])) is not None:
             return values[:, units.to(values.device)].mean(-1)
-        return values.unflatten(1, (-1, m)).mean(-1)
+        together: Tensor = values.unflatten(1, (-1, m))
+        return together.mean(-1)
 
     def units(self, patches: int) -> Tensor | None:
         """Which patches of a row make up each unit; None: they stand together."""
