@@ -9,11 +9,12 @@ from typing import Any
 from vtc.evaluation.table import FULL, Row, curves
 
 # Okabe and Ito's palette: told apart with any color vision, and by brightness on gray paper
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#000000")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#332288", "#000000")
+# baselines stay in the background, and apart from all of these
 _FIXED = {
     "random": "#777777",
-    "uniform": "#009E73",
-    "average_pool": "#CC79A7",
+    "uniform": "#A6A6A6",
+    "average_pool": "#8C6D46",
     "downsample": "#E69F00",
 }
 _MARKERS = {"random": "s", "uniform": "^", "average_pool": "D", "downsample": "v"}
