@@ -1,4 +1,4 @@
-"""On a CUDA device, every family and paper's method: the CPU's decisions and the oracle's tokens."""
+"""On a CUDA device, every family and method: the decisions of the CPU, the tokens of the oracle."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import vtc
-from kit.models import FAMILIES, PLACEHOLDERS, build_model
-from kit.oracle import kept_columns, masked, masked_from_layer
-from kit.prompts import build_inputs, prompts
+from tests.kit.models import FAMILIES, PLACEHOLDERS, build_model
+from tests.kit.oracle import kept_columns, masked, masked_from_layer
+from tests.kit.prompts import build_inputs, prompts
 
 pytestmark = [
     pytest.mark.gpu,
