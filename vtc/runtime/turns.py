@@ -82,6 +82,11 @@ def next_turn(
     """
     ids: Tensor = kwargs["input_ids"]
     behind = filled(kwargs["past_key_values"])
+    if kwargs.get("position_ids") is not None:
+        raise UnsupportedModeError(
+            "generate() got position_ids and a cache that is not empty, expected none: a later "
+            "turn goes on where the cache ended"
+        )
     if state is None:
         state = _uncompressed(session, ids, mask, behind)
     if not session.cuts_layers and len(set(lengths := kv_lengths(kwargs["past_key_values"]))) > 1:
