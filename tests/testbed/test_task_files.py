@@ -43,6 +43,28 @@ def test_questions_are_those_of_examples(folder: Path) -> None:
                 assert row[column] == getattr(example, column)
 
 
+@pytest.mark.parametrize(
+    "name, kinds", [("vtc_pairs", ["difference"]), ("vtc_videos", ["change", "motion"])]
+)
+def test_questions_about_several_pictures(folder: Path, name: str, kinds: list[str]) -> None:
+    found, wanted = rows(folder / f"{name}.parquet"), examples(3, kinds=kinds)
+    for row, example in zip(found, wanted, strict=True):
+        shown = [Image.open(io.BytesIO(image["bytes"])) for image in row["images"]]
+        assert [p.tobytes() for p in shown] == [
+            p.tobytes() for p in example.video or example.images
+        ]
+        assert row["evidence"] == [[list(box) for box in of_one] for of_one in example.boxes]
+        assert (row["question"], row["answer"]) == (example.question, example.answer)
+
+
+def test_the_frames_of_a_clip_are_one_video() -> None:
+    (message,) = scoring.clip({"images": ["a", "b"], "question": "what moves?"})
+    assert message["content"] == [
+        {"type": "video", "url": ["a", "b"]},
+        {"type": "text", "text": "what moves?"},
+    ]
+
+
 def test_writing_again_touches_nothing(folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert write_tasks(folder, 24) == folder

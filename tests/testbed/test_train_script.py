@@ -41,10 +41,14 @@ def test_a_second_run_goes_on_from_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_saved_model_loads_in_the_stock_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "internvl"])
+def test_the_saved_model_loads_in_the_stock_class(tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForImageTextToText
 
-    train(tmp_path, "--minutes", "0.2")
+    beside = [] if name == "llava" else ["--batch", "8", "--pairs", "1", "--clips", "1"]
+    rows = train(tmp_path, "--minutes", "0.6", "--family", name, "--stories-from", "0", *beside)
+    (full,) = [row for row in rows if row.get("table") == "full"]
+    assert ("motion" in full) == (name != "llava")
     _, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "model", output_loading_info=True
     )

@@ -20,13 +20,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
-from PIL import Image
 from tqdm import tqdm
 
 from vtc.errors import InputError, OptionError, SampleError, UnsupportedModeError
 from vtc.evaluation.compression import Compression
 from vtc.evaluation.loading import Loaded, load
-from vtc.evaluation.measure import Numbers, SampleCounts, evidence_numbers, means, token_numbers
+from vtc.evaluation.measure import Numbers, SampleCounts, means, token_numbers
+from vtc.evaluation.visuals import Visuals, evidence, for_processor, numbered, visuals_of
 
 _LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code", "attn_implementation")
 
@@ -166,35 +166,31 @@ class Vtc(lmms):  # type: ignore[misc]
 
     def _answer(self, batch: Sequence[tuple[Any, ...]], handle: Any) -> list[GenerationResult]:
         docs = [self.task_dict[task][split][doc_id] for _, _, _, doc_id, task, split in batch]
-        prompts, images = [], []
+        prompts, shown = [], []
         for args, doc in zip(batch, docs, strict=True):
-            prompt, pictures = self._prompt(args[1](doc))
+            prompt, visuals = self._prompt(args[1](doc))
             prompts.append(prompt)
-            images.append(pictures)
-        answers, lengths = self._generate(prompts, list(itertools.chain(*images)), batch[0][2])
-        counts = self._count(docs, images, handle, lengths)
+            shown.append(visuals)
+        answers, lengths = self._generate(prompts, shown, batch[0][2])
+        counts = self._count(docs, shown, handle, lengths)
         return [GenerationResult(*pair) for pair in zip(answers, counts, strict=True)]
 
-    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[str, list[Image.Image]]:
+    def _prompt(self, messages: list[dict[str, Any]]) -> tuple[str, Visuals]:
         chat = ChatMessages(messages=messages)
-        images, videos, audios = chat.extract_media()
-        if videos or audios:
-            raise UnsupportedModeError(
-                f"model 'vtc' got a question with {len(videos)} videos and {len(audios)} sounds, "
-                f"expected pictures only; choose an image task"
-            )
+        visuals = visuals_of(chat)
         text = self.loaded.processor.apply_chat_template(
             chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
         )
-        return text, images
+        return text, visuals
 
     def _generate(
-        self, prompts: list[str], images: list[Image.Image], arguments: dict[str, Any]
+        self, prompts: list[str], shown: Sequence[Visuals], arguments: dict[str, Any]
     ) -> tuple[list[str], list[int]]:
         """Texts and their numbers of tokens; generation arguments as lmms-eval's `llava_hf`."""
         model, processor = self.loaded.model, self.loaded.processor
-        inputs = processor(images=images or None, text=prompts, padding=True, return_tensors="pt")
-        inputs = inputs.to(self.device, model.dtype)
+        inputs = processor(
+            text=prompts, padding=True, return_tensors="pt", **for_processor(shown)
+        ).to(self.device, model.dtype)
         temperature, end = arguments.get("temperature", 0), processor.tokenizer.eos_token_id
         output = model.generate(
             **inputs,
@@ -214,23 +210,20 @@ class Vtc(lmms):  # type: ignore[misc]
     def _count(
         self,
         docs: Sequence[Any],
-        images: Sequence[list[Image.Image]],
+        shown: Sequence[Visuals],
         handle: Any,
         lengths: list[int],
     ) -> list[SampleCounts]:
-        ends = list(itertools.accumulate((len(pictures) for pictures in images), initial=0))
         # a call without pictures has no report
-        report = handle.report() if ends[-1] else None
+        report = handle.report() if any(visuals.shown for visuals in shown) else None
+        numbers = numbered(shown, len(report.visual_tokens) if report else 0)
         counts = []
-        for doc, pictures, (start, end), length in zip(
-            docs, images, itertools.pairwise(ends), lengths, strict=True
-        ):
-            numbers: Numbers = {}
-            if pictures:
-                numbers = token_numbers(report, range(start, end), alone=len(docs) == 1)
-            if len(pictures) == 1:
-                numbers |= evidence_numbers(doc, pictures[0].size, handle.token_selections, start)
-            counts.append(SampleCounts(output_tokens=length, numbers=numbers))
+        for doc, visuals, own, length in zip(docs, shown, numbers, lengths, strict=True):
+            found: Numbers = {}
+            if own:
+                found = token_numbers(report, own, alone=len(docs) == 1)
+                found |= evidence(doc, visuals, handle.selections, own)
+            counts.append(SampleCounts(output_tokens=length, numbers=found))
         return counts
 
 

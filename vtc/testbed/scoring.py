@@ -39,6 +39,17 @@ def gray() -> Image.Image:
     return Image.new("RGB", (SIZE, SIZE), GRAY)
 
 
+def pictures(doc: Mapping[str, Any]) -> list[Image.Image]:
+    """All pictures of a question, or the frames of its clip."""
+    return list(doc["images"])
+
+
+def clip(doc: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The chat of a question about a clip: its frames as one video."""
+    video = {"type": "video", "url": pictures(doc)}
+    return [{"role": "user", "content": [video, {"type": "text", "text": doc["question"]}]}]
+
+
 def without_evidence(questions: Any) -> Any:
     """The same questions, with nothing to look for in the picture."""
     return questions.remove_columns("evidence")

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from PIL import Image
+
 from vtc.errors import VtcError
 from vtc.testbed.examples import Example, examples
-from vtc.testbed.vocabulary import CAPTION
+from vtc.testbed.vocabulary import CAPTION, CLIP_KINDS, PAIR_KINDS
 
 
 def write_tasks(folder: str | Path, questions: int = 2000) -> Path:
-    """Write `vtc_scenes`, `vtc_scenes_blank` and `vtc_captions` for `lmms-eval --include_path`.
+    """Write the testbed's tasks for `lmms-eval --include_path`.
 
-    `vtc_scenes_blank` asks the same questions about a gray picture: what can be guessed.
-    `vtc_captions` has a question for every eight of the others. A file that is there already with
-    the same content stays untouched.
+    `vtc_scenes` asks about single pictures; `vtc_scenes_blank` asks the same about a gray one: what
+    can be guessed. `vtc_captions`, `vtc_pairs` (two pictures) and `vtc_videos` (four frames) have a
+    question for every eight of the others; the last two are for families that were trained on
+    them. A file that is there already with the same content stays untouched.
 
     Args:
         folder: made if needed.
@@ -30,9 +33,12 @@ def write_tasks(folder: str | Path, questions: int = 2000) -> Path:
         VtcError: the `eval` extra is not installed.
     """
     folder = Path(folder)
+    fewer = -(-questions // 8)
     found = {
         "vtc_scenes.parquet": _parquet(examples(questions)),
-        "vtc_captions.parquet": _parquet(examples(-(-questions // 8), kinds=[CAPTION])),
+        "vtc_captions.parquet": _parquet(examples(fewer, kinds=[CAPTION])),
+        "vtc_pairs.parquet": _parquet(examples(fewer, kinds=[*PAIR_KINDS]), several=True),
+        "vtc_videos.parquet": _parquet(examples(fewer, kinds=[*CLIP_KINDS]), several=True),
     }
     for source in resources.files("vtc.testbed").joinpath("tasks").iterdir():
         if source.name.endswith((".yaml", ".py")):
@@ -46,7 +52,8 @@ def write_tasks(folder: str | Path, questions: int = 2000) -> Path:
     return folder
 
 
-def _parquet(found: Sequence[Example]) -> bytes:
+def _parquet(found: Sequence[Example], several: bool = False) -> bytes:
+    """Questions about one picture each, or about `several`: the columns are lists then."""
     try:
         import datasets
         import pyarrow
@@ -56,21 +63,28 @@ def _parquet(found: Sequence[Example]) -> bytes:
             f"{error.name} is not installed, expected the eval extra; "
             f"pip install 'visual-token-compression[eval]'"
         ) from None
+    boxes = datasets.List(datasets.List(datasets.Value("int64")))
     features = datasets.Features(
         {
-            "image": datasets.Image(),
+            **(
+                {"images": datasets.List(datasets.Image())}
+                if several
+                else {"image": datasets.Image()}
+            ),
             "question": datasets.Value("string"),
             "answer": datasets.Value("string"),
             "kind": datasets.Value("string"),
-            "evidence": datasets.List(datasets.List(datasets.Value("int64"))),
+            "evidence": datasets.List(boxes) if several else boxes,
         }
     )
+    shown = [[_png(picture) for picture in e.video or e.images] for e in found]
+    evidence = [[[list(box) for box in of_one] for of_one in e.boxes] for e in found]
     columns = {
-        "image": [{"bytes": _png(e), "path": None} for e in found],
+        **({"images": shown} if several else {"image": [pictures[0] for pictures in shown]}),
         "question": [e.question for e in found],
         "answer": [e.answer for e in found],
         "kind": [e.kind for e in found],
-        "evidence": [[list(box) for box in e.evidence] for e in found],
+        "evidence": evidence if several else [of_all[0] for of_all in evidence],
     }
     buffer = io.BytesIO()
     # the schema says which column is a picture
@@ -78,7 +92,8 @@ def _parquet(found: Sequence[Example]) -> bytes:
     return buffer.getvalue()
 
 
-def _png(example: Example) -> bytes:
+def _png(picture: Image.Image) -> dict[str, bytes | None]:
+    """As datasets stores a picture."""
     buffer = io.BytesIO()
-    example.image.save(buffer, "PNG")
-    return buffer.getvalue()
+    picture.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}

@@ -1,5 +1,5 @@
 """Functions that the task files beside this one name: lmms-eval looks for them in this folder."""
 
-from vtc.testbed.scoring import blank, caption, one_word, without_evidence
+from vtc.testbed.scoring import blank, caption, clip, one_word, pictures, without_evidence
 
-__all__ = ["blank", "caption", "one_word", "without_evidence"]
+__all__ = ["blank", "caption", "clip", "one_word", "pictures", "without_evidence"]
