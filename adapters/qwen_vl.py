@@ -165,13 +165,13 @@ class Qwen2VLAdapter(Adapter):
             members = [i for i, v in enumerate(visuals) if v.video == video]
             if not members:
                 continue
-            thw = torch.tensor([grids[i] for i in members], device=small[0].device)
+            patch_grids = torch.tensor([grids[i] for i in members], device=small[0].device)
             pixels = torch.cat([small[i] for i in members])
             model = self.model.model
             output = (
-                model.get_video_features(pixels, thw, return_dict=True)
+                model.get_video_features(pixels, patch_grids, return_dict=True)
                 if video
-                else model.get_image_features(pixels, thw, return_dict=True)
+                else model.get_image_features(pixels, patch_grids, return_dict=True)
             )
             found += self._features(output, [len(p) for p in output.pooler_output])
         return found
