@@ -129,28 +129,12 @@ REFUSED: dict[tuple[str, str, str], Refusal] = {
     ("llava_onevision", "flowcut", "video and image, image"): _POOLED,
 }
 
-_FOREIGN: Refusal = (
-    UnsupportedModeError,
-    "got a cache that holds images and was not filled by this patched model",
-)
-
 
 def refused_turn(family: str, method: str, conversation: str, pixels_of: str) -> Refusal | None:
     """What a conversation of tests/kit/turns.py is refused with."""
-    if method == "none" and (conversation, pixels_of) not in _STOCK_TURNS:
-        # what was not compressed is not remembered: images behind it are refused
-        return _FOREIGN
     if (family, method) != ("llava_onevision", "flowcut") or conversation == "a text turn":
         return None
     return _POOLED if conversation == "a video, then an image" else _SMALLER
-
-
-_STOCK_TURNS = {
-    ("a text turn", "new part"),
-    ("a text turn after a video", "new part"),
-    ("images after text", "new part"),
-    ("images after text", "whole conversation"),
-}
 
 
 def accepted(family: str, spec: Spec, *, batch: int | None = None) -> list[str]:

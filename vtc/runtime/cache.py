@@ -19,12 +19,14 @@ class CacheState:
         mask: `[B, L]` over the entries in the cache.
         shift: `[(P,) B, 1]`, subtracted from the position ids that the stock model would use later.
         following: `[B, 1]`, the position id that comes next.
+        whole: nothing was dropped: later steps are stock, and so is a turn without images.
     """
 
     prompt: int
     mask: Tensor
     shift: Tensor
     following: Tensor
+    whole: bool = False
 
 
 def remember(cache: Any, state: CacheState | None) -> None:
@@ -36,12 +38,18 @@ def remember(cache: Any, state: CacheState | None) -> None:
 
 
 def remembered(cache: Any) -> CacheState | None:
-    """The state on a cache, if it holds a compressed prompt now."""
+    """The state on a cache, if it holds a prompt with images of this package's making now."""
     state: CacheState | None = getattr(cache, _STATE, None)
     if state is not None and filled(cache) == 0:
         delattr(cache, _STATE)  # a static cache that was reset for another prompt
         return None
     return state
+
+
+def compressed(cache: Any) -> CacheState | None:
+    """The state on a cache whose prompt was shortened: later steps cannot be stock."""
+    state = remembered(cache)
+    return None if state is None or state.whole else state
 
 
 def filled(cache: Any) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.errors import InputError, NeverCompressedError, PatchError, UnsupportedModeError
-from vtc.runtime.cache import CacheState, filled, remember, remembered
+from vtc.runtime.cache import CacheState, compressed, filled, remember
 from vtc.runtime.clock import Clock
 from vtc.runtime.images import Images
 from vtc.runtime.session import Session
@@ -164,7 +164,7 @@ class ForwardSeam:
         self, given: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Position ids of a step without any, where the stock model would count by its cache."""
-        state = remembered(given.get("past_key_values"))
+        state = compressed(given.get("past_key_values"))
         if state is None or state.shift.dim() == 2 or given.get("position_ids") is not None:
             return None
         new: Any = given.get("input_ids")
@@ -232,7 +232,7 @@ class ForwardSeam:
                 return None
             short = self._compressed(pending, kwargs)
             return None if short is None else (args, {**kwargs, **short})
-        state = remembered(kwargs.get("past_key_values"))
+        state = compressed(kwargs.get("past_key_values"))
         return None if state is None else (args, _later_step(state, kwargs))
 
     def _compressed(self, pending: _Pending, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -54,6 +54,8 @@ class GenerateSeam:
             _refuse(kwargs, config, has_images)
             cache = kwargs.get("past_key_values")
             state = remembered(cache)
+            if state is not None and state.whole and not has_images:
+                state = None
             if state is not None or (has_images and filled(cache)):
                 return self._later_turn(state, kwargs, config)
             if not has_images:
@@ -66,13 +68,22 @@ class GenerateSeam:
             if session.keeps_all(images):
                 session.note(images, None, clock)
                 with self.forward.suspended():
-                    return self._run(kwargs)
+                    return self._run(kwargs, self._whole(kwargs, config))
             if config.assisted:
                 return self._assisted(images, kwargs, clock)
             mask = _attention_mask(kwargs, config)
             with self.forward.suspended():
                 turn = Turn(kwargs, mask, self._positions(kwargs, mask), mask)
                 return self._short(images, turn, kwargs, clock, config)
+
+    def _whole(self, kwargs: Mapping[str, Any], config: _Config) -> CacheState | None:
+        """What a cache is to remember of a prompt of which nothing is dropped; None where the
+        caller's mask is not that of its tokens."""
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+        if ids is None or (mask is not None and getattr(mask, "shape", None) != ids.shape):
+            return None
+        mask = _attention_mask(kwargs, config)
+        return Turn(kwargs, mask, self._positions(kwargs, mask), mask).state(None)
 
     def _positions(self, kwargs: Mapping[str, Any], mask: Tensor) -> Tensor:
         """Position ids of all tokens, as the stock generate numbers them."""
@@ -117,7 +128,7 @@ class GenerateSeam:
             selection = session.decide(images, gather_groups(images, full.embeds), inputs)
         session.note(images, selection, clock)
         if selection.is_identity and not session.cuts_layers and turn.past is None:
-            return self._run(kwargs)
+            return self._run(kwargs, turn.state(None))
         if pixels:
             full = session.embedded_only(inputs["input_ids"])
             small = session.encode_small(images, selection, inputs)

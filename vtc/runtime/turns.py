@@ -66,6 +66,7 @@ class Turn:
             mask=mask if self.past is None else torch.cat([self.past.to(mask), mask], 1),
             shift=shift if short is None else shift + short.shift,
             following=following(ids, mask),
+            whole=short is None and self.images is None and self.past is None,
         )
 
 
