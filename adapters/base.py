@@ -27,7 +27,6 @@ class Encoder:
         has_cls: whether token 0 is a [CLS].
         packed: whether images stand one behind the other in one sequence `[patches, width]`,
             attended to in segments; otherwise rows `[R, patches, width]`.
-        full: blocks whose segments are whole frames; None: all of them.
         joints: modules that read whole rows of patches between or behind the blocks.
     """
 
@@ -36,7 +35,6 @@ class Encoder:
     tap: int
     has_cls: bool
     packed: bool = False
-    full: frozenset[int] | None = None
     joints: tuple[nn.Module, ...] = ()
 
     @property

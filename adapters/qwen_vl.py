@@ -59,12 +59,8 @@ class Qwen2VLAdapter(Adapter):
             tap=len(tower.blocks) - 1,
             has_cls=False,
             packed=True,
-            full=self._full_blocks(),
             joints=self._joints(),
         )
-
-    def _full_blocks(self) -> frozenset[int] | None:
-        return None
 
     def _joints(self) -> tuple[nn.Module, ...]:
         return (self.model.model.visual.merger,)
@@ -200,9 +196,6 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     supported: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration (Qwen2.5-VL)"
-
-    def _full_blocks(self) -> frozenset[int]:
-        return frozenset(self.model.model.visual.fullatt_block_indexes)
 
     def unit_order(self, grids: Tensor) -> Tensor:
         """The stock window index."""
