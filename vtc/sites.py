@@ -28,6 +28,10 @@ class Facts:
         llm_depth: decoder layers.
         first_layer_cut: the first decoder layer after which visual tokens can be dropped; later
             than 0 where encoder features are added behind the first layers.
+        llm_heads: query heads of a decoder layer.
+        llm_width: hidden size of the LLM.
+        llm_kind: the LLM's `model_type`, such as `"llama"`.
+        name: the folder or hub id that the model was loaded from; empty if from none.
     """
 
     encoder_depth: int
@@ -37,6 +41,10 @@ class Facts:
     tiled: bool
     llm_depth: int
     first_layer_cut: int = 0
+    llm_heads: int = 0
+    llm_width: int = 0
+    llm_kind: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +119,13 @@ class LayerView:
         tokens: N of each image in the stock LLM.
         mask: `bool[B, S]`, False on the padding of the sequence.
         visual: `bool[B, S]`, True on visual tokens (newline tokens are text).
-        query: `[B, H, S, d]`, rotary positions applied.
+        query: `[B, H, S, d]`, rotary positions applied; NaN in rows that issue no query there
+            because another method has them skip attention.
         key: `[B, H, T, d]`, rotary positions applied, T ≥ S: the last S are those of the entries,
             what is before them was in the cache; grouped heads are repeated.
         value: `[B, H, T, d]`.
         scale: what q·k is multiplied by.
+        hidden: `[B, S, D]`, the residual stream behind the layer: the input of the next.
     """
 
     layer: int
@@ -130,3 +140,21 @@ class LayerView:
     key: Tensor
     value: Tensor
     scale: float
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowView:
+    """What a decoder layer is about to see, in the prefill of a call with images.
+
+    Attributes:
+        layer: the layer, 0-based.
+        hidden: `[B, S, D]`, its input: the residual stream before the layer's norm.
+        mask: `bool[B, S]`, False on padding.
+        visual: `bool[B, S]`, True on visual tokens (newline tokens are text).
+    """
+
+    layer: int
+    hidden: Tensor
+    mask: Tensor
+    visual: Tensor

@@ -16,12 +16,14 @@ from vtc.adapters.base import Adapter, Visual
 from vtc.adapters.registry import ADAPTERS
 from vtc.errors import VtcError
 from vtc.methods.base import Method
+from vtc.types import Budget
 
 SITES = {
     "pixels": "before the encoder",
     "encoder": "inside the encoder",
     "llm_input": "before the LLM",
     "llm_layer": "inside the LLM",
+    "llm_rows": "visual rows of decoder layers",
 }
 EQUALS = {
     "mask": "stock model, dropped tokens masked",
@@ -73,8 +75,8 @@ def support(method: Method, adapter: Adapter) -> Support:
 
     try:
         tower = Tower(adapter, method)
-        later = method.llm_layers(tower.facts)
-        LayerSeam(adapter, method, later, lambda: method.check_keep(None))
+        later = method.llm_layers(tower.facts, _some_budget(method))
+        LayerSeam(adapter, method, later, lambda: _some_budget(method))
     except VtcError as error:
         return Support("", str(error))
     where = [SITES[method.site]]
@@ -89,6 +91,10 @@ def support(method: Method, adapter: Adapter) -> Support:
     if tower.cuts is not None:
         notes += [f"{kind} refused: {why}" for kind, why in _blended(adapter)]
     return Support(", then ".join(where), notes=tuple(notes))
+
+
+def _some_budget(method: Method) -> Budget:
+    return Budget(None if method.count == "adaptive" else 0.5)
 
 
 def _span(blocks: tuple[int, ...]) -> str:

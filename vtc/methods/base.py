@@ -10,12 +10,13 @@ from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
 from vtc.errors import OptionError
+from vtc.plans import LayerPlan, LayerRule
 from vtc.scorers import SCORERS, Scorer
 from vtc.selectors import SELECTORS, Count, Selector
-from vtc.sites import BlockView, Cut, Facts, LayerView
+from vtc.sites import BlockView, Cut, Facts, LayerView, RowView
 from vtc.types import Budget, Selection, Signal, Tokens
 
-Site = Literal["pixels", "encoder", "llm_input", "llm_layer"]
+Site = Literal["pixels", "encoder", "llm_input", "llm_layer", "llm_rows"]
 Exactness = Literal["mask", "layer_mask", "restatement"]
 Positions = Literal["keep", "renumber", "median", "published"]
 
@@ -32,8 +33,9 @@ class Method:
         name: what users write in `vtc.patch(model, method=name)`; by default the class's name.
         summary: one line for `vtc.methods()`.
         site: where the first choice acts: `"pixels"` (before the encoder), `"encoder"` (between its
-            blocks), `"llm_input"` (before the LLM) or `"llm_layer"` (between its layers). A method
-            may cut between decoder layers besides, see `llm_layers`.
+            blocks), `"llm_input"` (before the LLM), `"llm_layer"` (between its layers) or
+            `"llm_rows"` (in its layers, without dropping tokens, see `plan`). A method may cut
+            between decoder layers besides, see `llm_layers`.
         count: whether `keep` is met exactly, is an upper bound, or is the method's own affair.
         exactness: what the patched model equals, see the contract: `"mask"`, `"layer_mask"` or
             `"restatement"`.
@@ -87,7 +89,7 @@ class Method:
     @property
     def _composed(self) -> bool:
         """Whether a scorer and a selector decide, rather than a rule of the method's own."""
-        return self.site != "encoder" and type(self).select is Method.select
+        return self.site not in ("encoder", "llm_rows") and type(self).select is Method.select
 
     def _check_parts(self) -> None:
         """Refuse a swapped scorer or selector that would be ignored or cannot work."""
@@ -153,7 +155,13 @@ class Method:
                 f"method {self.name!r} decides by itself how much is kept and got keep={keep!r}; "
                 f"leave keep out"
             )
-        return Budget.of(keep)
+        budget = Budget.of(keep)
+        if self.site == "llm_rows" and isinstance(budget.keep, int):
+            raise OptionError(
+                f"method {self.name!r} skips work in decoder layers and got keep={keep!r} tokens, "
+                "expected a float in (0, 1]: the share of layers in which visual rows stay active"
+            )
+        return budget
 
     def check_facts(self, facts: Facts) -> None:
         """Raise `SignalError` where the method cannot work on such a model."""
@@ -167,13 +175,32 @@ class Method:
         """Decide which units go on after one of `encoder_blocks`."""
         raise NotImplementedError(f"{type(self).__name__} must define encoder_cut")
 
-    def llm_layers(self, facts: Facts) -> tuple[int, ...]:
+    def llm_layers(self, facts: Facts, budget: Budget | None = None) -> tuple[int, ...]:
         """The decoder layers whose attention `layer_cut` sees; none by default."""
         return ()
 
     def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
         """Decide which visual tokens `bool[G, N]` go on after one of `llm_layers`."""
         raise NotImplementedError(f"{type(self).__name__} must define layer_cut")
+
+    def plan(self, layers: Tokens, facts: Facts, budget: Budget) -> LayerPlan:
+        """Decide what visual rows do in each decoder layer, when the model is patched.
+
+        Args:
+            layers: one group of L tokens, the decoder layers, without features: what scorers and
+                selectors choose among. Add the signals that the scorer needs.
+            facts: of the model.
+            budget: the share of decoder layers in which visual rows stay active.
+        """
+        return LayerPlan.stock(facts.llm_depth)
+
+    def rule_layers(self, facts: Facts) -> tuple[int, ...]:
+        """The decoder layers whose input `layer_rule` sees; none by default."""
+        return ()
+
+    def layer_rule(self, view: RowView, rule: LayerRule) -> LayerRule:
+        """The rule of one of `rule_layers` in this call, from the plan's."""
+        return rule
 
     @property
     def drops_earlier_kv(self) -> bool:

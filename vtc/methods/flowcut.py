@@ -131,7 +131,7 @@ class FlowCut(Method):
             found[mine] = torch.tensor(shares, dtype=found.dtype)
         return found
 
-    def llm_layers(self, facts: Facts) -> tuple[int, ...]:
+    def llm_layers(self, facts: Facts, budget: Budget | None = None) -> tuple[int, ...]:
         """Layer index 1, at any depth (official `prune_layer`), or the first that can be."""
         later = self._cuts_later(facts.has_cls, facts.tiled)
         return (max(1, facts.first_layer_cut),) if later else ()

@@ -123,7 +123,7 @@ class ToDre(Method):
                 f"of at least 2 layers, got {facts.llm_depth}: pass stage2=False"
             )
 
-    def llm_layers(self, facts: Facts) -> tuple[int, ...]:
+    def llm_layers(self, facts: Facts, budget: Budget | None = None) -> tuple[int, ...]:
         """Layer index l − 1, where stage 2 decides."""
         first_without = max(1, min(round_half_up(7 * facts.llm_depth / 8), facts.llm_depth - 1))
         return (first_without - 1,) if self.stage2 else ()

@@ -81,10 +81,10 @@ class Session:
         self.seed = seed
         self.tower = Tower(adapter, method)
         self.layers = LayerSeam(
-            adapter, method, method.llm_layers(self.tower.facts), lambda: self.budget
+            adapter, method, method.llm_layers(self.tower.facts, budget), lambda: self.budget
         )
         self._hiding = ExitStack()
-        self.cuts_layers = bool(method.llm_layers(self.tower.facts))
+        self.cuts_layers = bool(method.llm_layers(self.tower.facts, budget))
         self.last: Call | None = None
 
     def clock(self, inputs: Mapping[str, Any]) -> Clock:

@@ -25,6 +25,7 @@ from vtc.types import Budget, Selection
 def facts_of(adapter: Adapter) -> Facts:
     """What a method may know about a model."""
     encoder = adapter.encoder()
+    text: Any = adapter.language_model.config
     return Facts(
         encoder_depth=encoder.depth,
         tap=encoder.tap,
@@ -33,6 +34,10 @@ def facts_of(adapter: Adapter) -> Facts:
         tiled=adapter.tiled,
         llm_depth=len(adapter.language_model.layers),  # type: ignore[arg-type]
         first_layer_cut=max(adapter.deepstack_layers - 1, 0),
+        llm_heads=text.num_attention_heads,
+        llm_width=text.hidden_size,
+        llm_kind=text.model_type,
+        name=adapter.model.config._name_or_path or "",
     )
 
 
