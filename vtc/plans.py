@@ -1,7 +1,7 @@
-"""What a method says about decoder layers instead of tokens: a `LayerRule` each, a `LayerPlan` all.
+"""What a method says about decoder layers instead of tokens: a `LayerRule` for each.
 
-No token leaves the sequence. Letters: B batch rows, S entries of the prompt, H query heads, L decoder
-layers.
+No token leaves the sequence. Letters: B batch rows, S entries of the prompt, H query heads, L
+decoder layers.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ class Calibration:
             layer (ShortV's LC score); None: not measured.
         sink_dims: dimensions of the residual stream in which attention sinks show; empty: none
             does. None: not measured.
-        head_ratio: per decoder layer and head, the largest α at which YOPO's rule counts the head
-            as one that reads visual tokens; None: not measured.
+        head_ratio: per decoder layer and head, the threshold below which YOPO's rule counts the
+            head as one that reads visual tokens; None: not measured.
         samples: how many samples were looked at.
         source: what they were, or where the numbers were published.
     """
