@@ -1,6 +1,7 @@
 """Compress the visual tokens of stock multimodal LLMs: `vtc.patch(model, "vtc_cls", keep=64)`."""
 
 from vtc import errors
+from vtc.calibration import Calibration
 from vtc.errors import VtcError
 from vtc.methods.base import Method
 from vtc.methods.registry import method, methods, register
@@ -10,6 +11,7 @@ from vtc.types import Budget, Selection, Signal, Tokens
 __version__ = "0.1.0"
 __all__ = [
     "Budget",
+    "Calibration",
     "Handle",
     "Method",
     "Selection",

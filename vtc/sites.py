@@ -32,6 +32,7 @@ class Facts:
         llm_width: hidden size of the LLM.
         llm_kind: the LLM's `model_type`, such as `"llama"`.
         name: the folder or hub id that the model was loaded from; empty if from none.
+        llm_kv_heads: key/value heads of a decoder layer.
     """
 
     encoder_depth: int
@@ -45,6 +46,7 @@ class Facts:
     llm_width: int = 0
     llm_kind: str = ""
     name: str = ""
+    llm_kv_heads: int = 0
 
 
 @dataclass(frozen=True, eq=False)

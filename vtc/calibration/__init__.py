@@ -1,5 +1,6 @@
 """What methods must know about one language model: measured by `vtc calibrate`, or published."""
 
-from vtc.calibration.data import Calibration, calibration_of
+from vtc.calibration.activations import Activations, sink_threshold
+from vtc.calibration.data import FILE, Calibration, calibration_of
 
-__all__ = ["Calibration", "calibration_of"]
+__all__ = ["FILE", "Activations", "Calibration", "calibration_of", "sink_threshold"]

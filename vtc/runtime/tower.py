@@ -38,6 +38,7 @@ def facts_of(adapter: Adapter) -> Facts:
         llm_width=text.hidden_size,
         llm_kind=text.model_type,
         name=adapter.model.config._name_or_path or "",
+        llm_kv_heads=text.num_key_value_heads,
     )
 
 
