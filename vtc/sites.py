@@ -10,8 +10,9 @@ A unit is what becomes one LLM token: its m patches live or die together.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -70,6 +71,9 @@ class BlockView:
         scale: what q·k is multiplied by.
         carry: what the method handed on from the block before, each `[R, U]`, cut alike.
         video: whether each image is a video.
+        image_key: `int64[R]` on the CPU, a number made from the pixels of the row's image, another
+            one for each of its rows; None where the method's `needs` do not name it.
+        seed: the seed given to `vtc.patch`.
     """
 
     block: int
@@ -87,6 +91,8 @@ class BlockView:
     scale: float
     carry: Mapping[str, Tensor]
     video: tuple[bool, ...] = ()
+    image_key: Tensor | None = None
+    seed: int = 0
 
     @property
     def patches(self) -> int:
@@ -128,6 +134,11 @@ class LayerView:
         value: `[B, H, T, d]`.
         scale: what q·k is multiplied by.
         hidden: `[B, S, D]`, the residual stream behind the layer: the input of the next.
+        newlines: `int64[M, 5]`, for each newline token its batch row and column, its group, and the
+            range `first ≤ index < end` of tokens whose row it ends; None: there are none.
+        image_key: `int64[G]` on the CPU, a number made from the pixels of each image; None where
+            the method's `needs` do not name it.
+        seed: the seed given to `vtc.patch`.
     """
 
     layer: int
@@ -143,6 +154,36 @@ class LayerView:
     value: Tensor
     scale: float
     hidden: Tensor | None = None
+    newlines: Tensor | None = None
+    image_key: Tensor | None = None
+    seed: int = 0
+
+    def narrowed(self, keep: Tensor) -> LayerView:
+        """What is left when only the tokens at `bool[G, N]` stay, and newlines of rows of theirs.
+
+        The others are padding then: they keep their place among the entries.
+        """
+        left, gone = self.valid & keep, self.valid & ~keep
+        group, token = gone.nonzero(as_tuple=True)
+        there = torch.ones_like(self.mask)
+        there[self.parent[group, 1], self.columns[group, token]] = False
+        newlines = self.newlines
+        if newlines is not None:
+            row, column, of, first, end = newlines.unbind(-1)
+            index, members = self.index[of], left[of]
+            lives = members & (index >= first[:, None]) & (index < end[:, None])
+            dead = ~lives.any(-1)
+            there[row[dead], column[dead]] = False
+            newlines = newlines[~dead]
+        return replace(
+            self,
+            valid=left,
+            index=self.index.masked_fill(~left, 0),
+            columns=self.columns.masked_fill(~left, 0),
+            mask=self.mask & there,
+            visual=self.visual & there,
+            newlines=newlines,
+        )
 
 
 @dataclass(frozen=True, eq=False)

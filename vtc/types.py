@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -119,6 +119,8 @@ class Tokens:
         parts: the grids of the parts of each group, in order; None: each is its one grid.
         overview: the tokens (first, end) of each group that show the whole picture, such as the
             thumbnail beside its crops; all of them where there is no such part. None: as that.
+        index: `int64[G, N]`, behind an earlier cut: which of its group's tokens each was before;
+            0 on padding. None: they are all there, in order.
     """
 
     features: Tensor
@@ -131,6 +133,7 @@ class Tokens:
     seed: int = 0
     overview: tuple[tuple[int, int], ...] | None = None
     parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
+    index: Tensor | None = None
 
     def signal(self, key: str) -> Tensor:
         """The signal called `key`; raises `SignalError` saying which exist."""
@@ -206,10 +209,14 @@ class Budget:
         counts = [0] * len(sizes)
         for image in dict.fromkeys(images):
             members = [g for g, i in enumerate(images) if i == image]
-            shares = largest_remainder([sizes[g] for g in members], self.count)
+            shares = largest_remainder([sizes[g] for g in members], partial(self.of_image, image))
             for g, share in zip(members, shares, strict=True):
                 counts[g] = share
         return torch.tensor(counts, dtype=torch.int64)
+
+    def of_image(self, image: int, n: int) -> int:
+        """Tokens kept of an image, counted over the call, that has `n`."""
+        return self.count(n)
 
     def keeps_all(self, n: Iterable[int]) -> bool:
         """Whether nothing would be dropped from images of `n` tokens each."""

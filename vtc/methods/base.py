@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_type_hints
 
@@ -163,6 +164,24 @@ class Method:
             )
         return budget
 
+    def keeps_all(self, budget: Budget, lengths: Iterable[int]) -> bool:
+        """Whether it would change nothing about images of so many tokens: then it is not run."""
+        if self.site == "llm_rows":
+            return budget.keep == 1.0
+        return budget.keeps_all(lengths)
+
+    def steps(self, budget: Budget) -> tuple[Step, ...]:
+        """What decides, in order: the method itself, or the stages of a composition."""
+        return (Step(self, budget),)
+
+    def on(self, facts: Facts) -> Method:
+        """The method as it decides on such a model: itself, unless it must know the model then."""
+        return self
+
+    def check_lengths(self, lengths: tuple[int, ...]) -> None:
+        """Raise `InputError` where it cannot decide over images of so many tokens."""
+        return None
+
     def check_facts(self, facts: Facts) -> None:
         """Raise `SignalError` where the method cannot work on such a model."""
         return None
@@ -215,6 +234,23 @@ class Method:
         selector, scorer = self.active_selector, self.active_scorer
         scores = scorer(tokens) if scorer and selector.uses_scores else None
         return selector(tokens, scores, budget.counts(tokens.valid, tokens.parent))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method and how much it keeps.
+
+    Attributes:
+        method: decides.
+        budget: of each image's tokens in the stock model, whatever a step before left.
+    """
+
+    method: Method
+    budget: Budget
+
+    def keeps_all(self, lengths: Iterable[int]) -> bool:
+        """Whether it changes nothing about images of so many tokens."""
+        return self.method.keeps_all(self.budget, lengths)
 
 
 def _plain(value: Any, expected: Any) -> Any:
