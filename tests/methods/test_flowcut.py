@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import vtc
 from tests.methods.views import Rows, layer_view, run_encoder
 from vtc.errors import InputError, OptionError, SignalError
-from vtc.scorers.flow import drop_amount, flow_score, layer_flow
+from vtc.scorers.flow import drop_amount, flow_score, layer_tokens
 from vtc.selectors.shares import even_shares, roomy_shares
 from vtc.sites import Facts, LayerView
 from vtc.types import Budget
@@ -284,7 +284,7 @@ def test_layer_cut_equals_the_loop(past: int, pad: str, normalize: bool) -> None
     """With the shares of the [CLS] variant, and without as on Qwen: it is the same."""
     view = layer_view(PROMPTS, past=past, pad=pad)
     got = flowcut().layer_cut(view, Budget.of(2))
-    scores = layer_flow(view)
+    scores = layer_tokens(view).signals["flow"]
     for g in range(len(view.valid)):
         want = naive_layer(view, g, normalize)
         torch.testing.assert_close(scores[g], torch.tensor(want), atol=1e-6, rtol=1e-5)
@@ -316,8 +316,3 @@ def test_layer_cut_leaves_alone_what_is_few_enough() -> None:
     assert torch.equal(flowcut().layer_cut(view, Budget.of(6)), view.valid)
     with pytest.raises(InputError, match="a prompt that ends with it: put text there"):
         flowcut().layer_cut(view, Budget.of(5))
-
-
-def test_parts_cannot_be_swapped() -> None:
-    with pytest.raises(OptionError, match="it decides by a rule of its own"):
-        flowcut(scorer="random")

@@ -9,13 +9,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc import ops
 from vtc.errors import InputError, SignalError
 from vtc.methods.base import Exactness, Method, Site
-from vtc.scorers.flow import block_flow, drop_amount, last_entry, layer_flow
+from vtc.scorers import Scorer
+from vtc.scorers.flow import Flow, block_tokens, drop_amount, last_entry, layer_tokens
+from vtc.selectors import Selector, TopK, mask_over
 from vtc.selectors.shares import even_shares, roomy_shares
 from vtc.sites import BlockView, Cut, Facts, LayerView
-from vtc.types import Budget
+from vtc.types import Budget, Signal, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,10 @@ class FlowCut(Method):
     case, a row gets at most ⌈2.5T/rows⌉, and more where T would not be left (both ours). Frames of
     a video share T where there is a [CLS]: the paper's videos have no code.
 
+    `scorer` gives S in the place of the formula, here and in the LLM: it sees the units of each row
+    (a group), their values as features, the attention of [CLS] or its stand-in as `cls_row` and
+    what `image_key` is made of; how scores add up and how many patches go stays as above.
+
     Args:
         llm_cut: whether to cut in the LLM: `"auto"` as published (where an image may be several
             rows or there is no [CLS]), `"on"` or `"off"`. With `"off"`, rows share T by largest
@@ -74,6 +79,23 @@ class FlowCut(Method):
     llm_cut: Literal["auto", "on", "off"] = "auto"
     batch_coupled: bool = False
 
+    def default_scorer(self) -> Scorer:
+        """S."""
+        return Flow()
+
+    def default_selector(self) -> Selector:
+        """The highest."""
+        return TopK()
+
+    @property
+    def _composed(self) -> bool:
+        return True
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """Numbers of the pictures, for scorers that draw; all else is in the views."""
+        return tuple(signal for signal in super().needs if signal.name == "image_key")
+
     def check_facts(self, facts: Facts) -> None:
         """A block to cut after, and layers that profit from the cut in the LLM."""
         if facts.tap < 1:
@@ -94,16 +116,29 @@ class FlowCut(Method):
 
     def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
         """Add this block's score; cut where an even number of blocks remains."""
-        attention, score = block_flow(view)
-        score = score.view(*view.valid.shape, view.patches).mean(-1)  # [R, U]
-        if "score" in view.carry:
-            score = 0.5 * view.carry["score"] + 0.5 * score
+        attention, tokens = block_tokens(view)
+        scores, carry = self._scores(tokens), {}
+        if scores is not None:
+            if "score" in view.carry:
+                scores = 0.5 * view.carry["score"] + 0.5 * scores
+            carry["score"] = scores
         remaining = view.tap - 1 - view.block
         if remaining % 2:
-            return Cut(None, {"score": score})
+            return Cut(None, carry)
         left, counts = self._counts(view, attention, self.targets(view, budget), remaining)
-        keep = None if torch.equal(left, counts) else ops.topk_mask(score, view.valid, counts)
-        return Cut(keep, {"score": score})
+        keep = None if torch.equal(left, counts) else self._kept(tokens, scores, counts)
+        return Cut(keep, carry)
+
+    def _scores(self, tokens: Tokens) -> Tensor | None:
+        """Scores `[G, N]`, 0 on padding; None for a selector that looks at none."""
+        scorer = self.active_scorer
+        if scorer is None or not self.active_selector.uses_scores:
+            return None
+        return scorer(tokens).masked_fill(~tokens.valid, 0)
+
+    def _kept(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Tensor:
+        """What the selector chooses, `bool[G, N]`."""
+        return mask_over(self.active_selector(tokens, scores, counts), tokens.valid)
 
     def _counts(
         self, view: BlockView, attention: Tensor, targets: Tensor, remaining: int
@@ -143,13 +178,21 @@ class FlowCut(Method):
         over = left > wanted
         if not over.any():
             return view.valid
-        if (view.visual[rows, last_entry(view)[rows]].cpu() & over).any():
+        if self._reads_text and (view.visual[rows, last_entry(view)[rows]].cpu() & over).any():
             raise InputError(
                 f"method {self.name!r} asks the last token of a prompt what it looks at, expected "
                 "text after the image, got a prompt that ends with it: put text there or pass "
                 "llm_cut='off'"
             )
-        return ops.topk_mask(layer_flow(view), view.valid, torch.minimum(left, wanted))
+        tokens = layer_tokens(view)
+        return self._kept(tokens, self._scores(tokens), torch.minimum(left, wanted))
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether the scorer looks at what the last token does."""
+        scorer = self.active_scorer
+        asked = {signal.name for signal in scorer.needs} if scorer else set()
+        return self.active_selector.uses_scores and bool(asked & {"flow", "cls_row"})
 
     def _cuts_later(self, has_cls: bool, several: bool) -> bool:
         """Whether the LLM cuts again, on a model or for an image that may be several rows."""

@@ -3,11 +3,12 @@
 from vtc.scorers.base import Scorer
 from vtc.scorers.center import Center
 from vtc.scorers.cls_attention import ClsAttention
+from vtc.scorers.flow import Flow
 from vtc.scorers.overview import Overview
 from vtc.scorers.random_scores import RandomScores
 
 SCORERS: dict[str, type[Scorer]] = {
-    s.name: s for s in (ClsAttention, RandomScores, Center, Overview)
+    s.name: s for s in (ClsAttention, RandomScores, Center, Overview, Flow)
 }
 
-__all__ = ["SCORERS", "Center", "ClsAttention", "Overview", "RandomScores", "Scorer"]
+__all__ = ["SCORERS", "Center", "ClsAttention", "Flow", "Overview", "RandomScores", "Scorer"]

@@ -1,17 +1,18 @@
-"""Information flow (FlowCut): attention, likeness of values and size of values as one score.
-
-Not a `Scorer`: these look at the queries, keys and values of one block or layer.
-"""
+"""Information flow (FlowCut): attention, likeness of values and size of values as one score."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.scorers.base import Scorer
 from vtc.sites import BlockView, LayerView
+from vtc.types import Signal, Tokens
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -44,33 +45,80 @@ def drop_amount(p: Tensor, n: Tensor, target: Tensor, remaining: int) -> Tensor:
     return (n - target) / math.sqrt(remaining) * (1 - spread**2)
 
 
-def block_flow(view: BlockView) -> tuple[Tensor, Tensor]:
-    """Attention and score of every patch of every row, both `float32[R, U·m]`, 0 on padding.
+@dataclass(frozen=True)
+class Flow(Scorer):
+    """S of one encoder block, or of one decoder layer for the last token of its row.
 
-    With a [CLS], its query and its value are compared with those of the patches, values without a
-    scale and both softmaxes over [CLS] too. Without one, the mean query takes its place and values
-    count by their size alone.
+    Only methods that look at queries, keys and values can give it: `block_tokens`, `layer_tokens`.
+    """
+
+    name: ClassVar[str] = "flow"
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """The score of one block or layer."""
+        return (Signal("flow"),)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """Scores `float32[G, N]`."""
+        return tokens.signal("flow")
+
+
+def block_tokens(view: BlockView) -> tuple[Tensor, Tokens]:
+    """The units of every row as tokens, with what one block says of them.
+
+    Attention is that of [CLS], or of the mean query where there is none; it and the score of a unit
+    are means over its patches. With a [CLS], its query and its value are compared with those of the
+    patches, values without a scale and both softmaxes over [CLS] too. Without one, values count by
+    their size alone.
 
     Returns:
-        p, attention as a distribution over the row's patches, and the score S.
+        attention as a distribution over the row's patches, `float32[R, U·m]`, 0 on padding; and the
+        tokens: `features [R, U, H·d]` are values, signals `"flow" [R, U]`, `"cls_row" [R, 1, U]`
+        and `"image_key" [R]` where there is one.
     """
     patches = view.valid.repeat_interleave(view.patches, 1)
-    if not view.has_cls:
-        p = ops.mean_query_row(view.query, view.key, view.scale, patches)
-        return p, (p * _size(view.value)).masked_fill(~patches, 0)
-    there = torch.cat([patches.new_ones(len(patches), 1), patches], 1)
-    a, g = (
-        ops.attention_rows(q[:, :, :1], k, scale, there)[:, 0, 1:]
-        for q, k, scale in ((view.query, view.key, view.scale), (view.value, view.value, 1.0))
+    value = view.value[:, :, int(view.has_cls) :]
+    if view.has_cls:
+        there = torch.cat([patches.new_ones(len(patches), 1), patches], 1)
+        row, g = (
+            ops.attention_rows(q[:, :, :1], k, scale, there)[:, 0, 1:]
+            for q, k, scale in (
+                (view.query, view.key, view.scale),
+                (view.value, view.value, 1.0),
+            )
+        )
+        p, score = _shares(row), flow_score(row, g, _size(value))
+    else:
+        row = p = ops.mean_query_row(view.query, view.key, view.scale, patches)
+        score = p * _size(value)
+
+    def by_unit(x: Tensor) -> Tensor:
+        return x.masked_fill(~patches, 0).view(*view.valid.shape, view.patches).mean(-1)
+
+    # values of one patch are one row, heads side by side
+    features = value.transpose(1, 2).flatten(2).unflatten(1, (view.valid.shape[1], view.patches))
+    signals = {"flow": by_unit(score), "cls_row": by_unit(row)[:, None]}
+    if view.image_key is not None:
+        signals["image_key"] = view.image_key
+    tokens = Tokens(
+        features=features.mean(2),
+        valid=view.valid,
+        grid=((1, 1, view.valid.shape[1]),) * len(view.valid),
+        parent=torch.stack([view.image, torch.full_like(view.image, -1)], -1),
+        signals=signals,
+        seed=view.seed,
+        index=view.index,
     )
-    score = flow_score(a, g, _size(view.value[:, :, 1:]))
-    return _shares(a), score.masked_fill(~patches, 0)
+    return p, tokens
 
 
-def layer_flow(view: LayerView) -> Tensor:
-    """Score of every visual token for the last entry of its row, `float32[G, N]`, 0 on padding.
+def layer_tokens(view: LayerView) -> Tokens:
+    """The visual tokens of every group with what the last entry of their row says of them.
 
-    Both softmaxes run over the visual tokens of the group alone, scaled.
+    Both softmaxes run over the visual tokens of the group alone, scaled. `features [G, N, H·d]` are
+    values, signals `"flow" [G, N]`, `"cls_row" [G, 1, N]`, the attention of that entry, and
+    `"image_key" [G]` where there is one.
     """
     rows, past = view.parent[:, 1], view.key.shape[2] - view.query.shape[2]
     last = last_entry(view)[rows]
@@ -80,7 +128,19 @@ def layer_flow(view: LayerView) -> Tensor:
     value_last = view.value[rows, :, last + past][:, :, None]
     a = ops.attention_rows(query, key, view.scale, view.valid)[:, 0]
     g = ops.attention_rows(value_last, value, view.scale, view.valid)[:, 0]
-    return flow_score(a, g, _size(value)).masked_fill(~view.valid, 0)
+    score = flow_score(a, g, _size(value)).masked_fill(~view.valid, 0)
+    signals = {"flow": score, "cls_row": a.masked_fill(~view.valid, 0)[:, None]}
+    if view.image_key is not None:
+        signals["image_key"] = view.image_key
+    return Tokens(
+        features=value.transpose(1, 2).flatten(2),
+        valid=view.valid,
+        grid=((1, 1, view.valid.shape[1]),) * len(view.valid),
+        parent=view.parent,
+        signals=signals,
+        seed=view.seed,
+        index=view.index,
+    )
 
 
 def last_entry(view: LayerView) -> Tensor:

@@ -25,12 +25,19 @@ class RandomScores(Scorer):
         return (Signal("image_key"),)
 
     def __call__(self, tokens: Tokens) -> Tensor:
-        """Scores `float32[G, N]`; those of a group depend on its own length and key alone."""
+        """Scores `float32[G, N]`; those of a group depend on its own length and key alone, and
+        behind an earlier cut each token has the number that it had before."""
         keys = tokens.signal("image_key").tolist()
         scores = torch.zeros(tokens.valid.shape)
         for g, (key, n) in enumerate(zip(keys, tokens.lengths, strict=True)):
             # hashed, because torch's CPU generator looks at the lowest 32 bits of a seed alone
             mixed = zlib.crc32(f"{tokens.seed} {key}".encode())
             generator = torch.Generator().manual_seed(mixed)
-            scores[g, tokens.valid[g].cpu()] = torch.rand(n, generator=generator)
+            there = tokens.valid[g].cpu()
+            if tokens.index is None or not n:
+                scores[g, there] = torch.rand(n, generator=generator)
+            else:
+                index = tokens.index[g].cpu()[there]
+                # a longer draw begins with the numbers of a shorter one
+                scores[g, there] = torch.rand(int(index.max()) + 1, generator=generator)[index]
         return scores.to(tokens.valid.device)

@@ -1,6 +1,6 @@
 """Selectors: (tokens, scores, counts) -> Selection."""
 
-from vtc.selectors.base import Count, Selector, selection_of
+from vtc.selectors.base import Count, Selector, mask_over, selection_of
 from vtc.selectors.farthest_point import FarthestPoint
 from vtc.selectors.grid_pool import GridPool
 from vtc.selectors.max_sum import MaxSum
@@ -20,5 +20,6 @@ __all__ = [
     "Selector",
     "TopK",
     "UniformStride",
+    "mask_over",
     "selection_of",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vtc.errors import VtcError
@@ -66,3 +67,11 @@ def selection_of(
         scores=scores,
         parts=tokens.parts,
     )
+
+
+def mask_over(selection: Selection, valid: Tensor) -> Tensor:
+    """The kept tokens as `bool[G, N]` over tokens that padding `valid [G, N]` may stand between."""
+    # one column more takes what is not kept
+    mask = torch.zeros(len(valid), valid.shape[1] + 1, dtype=torch.bool, device=valid.device)
+    there = selection.valid & (selection.keep >= 0)
+    return mask.scatter(1, selection.keep.masked_fill(~there, valid.shape[1]), True)[:, :-1]
