@@ -113,6 +113,22 @@ def causal_mass(
     return mass / rows.sum(-1).clamp_min(1)
 
 
+def massive_activation(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """How far an entry of the residual stream stands out in some dimensions: max over them of
+    |x_d| / sqrt(mean(x²) + 1e-6), without any norm's weights.
+
+    Args:
+        hidden: `[B, S, D]`.
+        dims: at least one, in 0..D−1.
+
+    Returns:
+        `float32[B, S]`.
+    """
+    x = hidden.float()
+    size = (x.square().mean(-1) + 1e-6).sqrt()
+    return x[..., list(dims)].abs().amax(-1) / size
+
+
 def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """The `counts[g]` highest scores of each group, as ascending indices; ties go to the lowest
     index.

@@ -13,7 +13,19 @@ import torch
 from torch import Tensor
 
 from vtc.errors import OptionError
-from vtc.types import Selection
+from vtc.types import Selection, Tokens
+
+
+def layers_as_tokens(depth: int, seed: int = 0) -> Tokens:
+    """The decoder layers as one group of tokens without features, for scorers and selectors."""
+    return Tokens(
+        features=torch.zeros(1, depth, 0),
+        valid=torch.ones(1, depth, dtype=torch.bool),
+        grid=((1, 1, depth),),
+        parent=torch.zeros(1, 2, dtype=torch.int64),
+        signals={"image_key": torch.zeros(1, dtype=torch.int64)},
+        seed=seed,
+    )
 
 
 @dataclass(frozen=True)

@@ -195,9 +195,20 @@ class RowView:
         hidden: `[B, S, D]`, its input: the residual stream before the layer's norm.
         mask: `bool[B, S]`, False on padding.
         visual: `bool[B, S]`, True on visual tokens (newline tokens are text).
+        valid: `bool[G, N]`, False on padding: the visual tokens that are there.
+        columns: `int64[G, N]`, where each stands among the S entries; 0 on padding.
+        parent: `int64[G, 2]`: image and batch row of each group.
+        image_key: `int64[G]` on the CPU, a number made from the pixels of each image; None where
+            the method's `needs` do not name it.
+        seed: the seed given to `vtc.patch`.
     """
 
     layer: int
     hidden: Tensor
     mask: Tensor
     visual: Tensor
+    valid: Tensor
+    columns: Tensor
+    parent: Tensor
+    image_key: Tensor | None = None
+    seed: int = 0

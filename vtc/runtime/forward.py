@@ -256,7 +256,7 @@ class ForwardSeam:
             groups = gather_groups(pending.images, embeds)
             selection = self.session.decide(pending.images, groups, pending.inputs)
         self.session.note(pending.images, selection, pending.clock)
-        if selection.is_identity and not self.session.cuts_layers:
+        if selection.is_identity and not self.session.acts_later:
             return None
         short = self.session.shorten(
             pending.images, selection, full_of(kwargs), mask, positions, pending.small

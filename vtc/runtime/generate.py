@@ -127,7 +127,7 @@ class GenerateSeam:
             full = full_of(session.capture(images, inputs, clock))
             selection = session.decide(images, gather_groups(images, full.embeds), inputs)
         session.note(images, selection, clock)
-        if selection.is_identity and not session.cuts_layers and turn.past is None:
+        if selection.is_identity and not session.acts_later and turn.past is None:
             return self._run(kwargs, turn.state(None))
         if pixels:
             full = session.embedded_only(inputs["input_ids"])
@@ -175,6 +175,9 @@ class GenerateSeam:
             nonlocal used
             hook.remove()
             self.session.show_gaps()
+            if not self.session.rows.lasts:
+                # behind the prompt the model is stock, so that decoding can be compiled
+                self.session.rows.detach()
             used |= given.get("inputs_embeds") is not None
             cache = getattr(output, "past_key_values", None)
             if state is not None or forget:
@@ -186,12 +189,16 @@ class GenerateSeam:
         hook = self.session.adapter.model.register_forward_hook(after_prefill, with_kwargs=True)
         if not used:
             self.session.hide_gaps()
-        if self.session.cuts_layers:
+        if self.session.lasts:
             kwargs = {"disable_compile": True, **kwargs}
+        rows = self.session.rows
+        rows_attached = rows.attached
         try:
             out = self.stock(**kwargs)
         finally:
             hook.remove()
+            if rows_attached:
+                rows.attach()
             self.session.show_gaps()
             self.session.clear_layers()
         if not used:

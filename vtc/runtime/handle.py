@@ -17,6 +17,7 @@ from vtc.adapters.registry import adapter_of, stock_of
 from vtc.errors import OptionError, PatchError, UnsupportedModeError
 from vtc.methods.base import Method, Positions
 from vtc.methods.registry import method as build_method
+from vtc.plans import LayerPlan
 from vtc.runtime.forward import ForwardSeam
 from vtc.runtime.generate import GenerateSeam
 from vtc.runtime.report import Report, report_of
@@ -45,13 +46,10 @@ class Handle:
 
     Attributes:
         method: the method in force.
-        plans: decisions over layers of the last call, for methods that skip work instead of
-            dropping tokens.
     """
 
     def __init__(self, session: Session, positions: Positions, kernels: str) -> None:
         self.method = session.method
-        self.plans: list[Any] = []
         self._session = session
         self._positions = positions
         self._kernels = kernels
@@ -70,6 +68,7 @@ class Handle:
         own[_HANDLE] = self
         self._forward.attach()
         session.layers.attach()
+        session.rows.attach()
 
     def _generate(self) -> Callable[..., Any]:
         stock = self._model.generate
@@ -103,6 +102,7 @@ class Handle:
             self._forward.detach()
         if self._removed and not self._calls:
             self._session.layers.detach()
+            self._session.rows.detach()
 
     def _refusal(self, name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(self._model, name))
@@ -120,7 +120,7 @@ class Handle:
         Raises:
             OptionError: `keep` is out of range, or the method takes none.
         """
-        self._session.budget = self.method.check_keep(keep)
+        self._session.set_budget(self.method.check_keep(keep))
 
     def remove(self) -> None:
         """Undo the patch; doing it twice is fine. Reports and selections stay readable.
@@ -173,11 +173,18 @@ class Handle:
         return found
 
     @property
+    def plans(self) -> list[LayerPlan]:
+        """What the last call's prefill said about decoder layers instead of tokens: one plan, or
+        none for methods that say nothing about them and calls that were left alone."""
+        return [] if (call := self._session.last) is None else list(call.plans)
+
+    @property
     def token_selections(self) -> list[Selection]:
         """`selections` in LLM tokens throughout: for pictures and evidence."""
         if (call := self._session.last) is None:
             return []
-        first = [call.selection] if self.method.site != "llm_layer" or not call.later else []
+        inside = self.method.site in ("llm_layer", "llm_rows")
+        first = [] if inside and (call.later or call.plans) else [call.selection]
         return first + [call.later[layer] for layer in sorted(call.later)]
 
     def report(self) -> Report:

@@ -28,6 +28,8 @@ class LayerRun:
     Attributes:
         stages: of a prefill what each group of layers so far saw; of a later step none.
         decisions: of a prefill what each cut so far left.
+        asking: the entries that alone issue queries in a layer: index and validity, `[k·B, R]`
+            each.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class LayerRun:
         self.decisions: list[LayerDecision] = []
         self._seen: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
         self._decide: Callable[[LayerView], Tensor] | None = None
+        self.asking: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[int, torch.device], dict[str, Any]] = {}
 
     def begin(self, placed: Placed, mask: Tensor, decide: Callable[[LayerView], Tensor]) -> None:
@@ -71,6 +74,10 @@ class LayerRun:
         self.stages.append(Stage.first(placed, mask.to(self._device), self._new))
         self._decide = decide
 
+    def stage(self, layer: int) -> Stage | None:
+        """Of a prefill, the entries that a layer sees."""
+        return self.stages[bisect_left(self._cuts, layer)] if self.stages else None
+
     def see(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """Note what a layer that decides computes with."""
         self._seen[layer] = (query.detach(), key.detach(), value.detach(), scale)
@@ -82,7 +89,7 @@ class LayerRun:
         stage = None
         if self.stages:
             while len(self.stages) <= group:
-                self.stages.append(self._cut(self._cuts[len(self.stages) - 1]))
+                self.stages.append(self._cut(self._cuts[len(self.stages) - 1], hidden))
             if self.stages[group] is not self.stages[0]:
                 stage = self.stages[group]
         if stage is None and (self._state is None or group < self._first_group):
@@ -123,7 +130,7 @@ class LayerRun:
     def _repeated(self, x: Tensor) -> Tensor:
         return repeated(x, self._batch // len(x))
 
-    def _cut(self, layer: int) -> Stage:
+    def _cut(self, layer: int, hidden: Tensor) -> Stage:
         """The stage behind a layer that decides."""
         if layer not in self._seen or self._decide is None:
             raise SignalError(
@@ -132,6 +139,8 @@ class LayerRun:
             )
         query, key, value, scale = self._seen.pop(layer)
         stage = self.stages[-1].to(query.device)
+        if layer in self.asking:
+            query = _over_all(query, stage.entries, *self.asking.pop(layer))
         copies = self._batch // len(stage.mask)
         entries = stage.entries - stage.extra
         held = self._before[len(self.stages) - 1] + entries
@@ -149,6 +158,7 @@ class LayerRun:
             key=key[::copies, :, :held].repeat_interleave(heads, 1),
             value=value[::copies, :, :held].repeat_interleave(heads, 1),
             scale=scale,
+            hidden=hidden[::copies, :entries].to(query.device),
         )
         before = self.stages[-1]  # wherever it lies
         after = before.cut(self._decide(view).to(before.mask.device))
@@ -200,3 +210,10 @@ class LayerRun:
         if hidden is None or stage is self.stages[0]:
             return hidden
         return stage.restore(hidden)
+
+
+def _over_all(query: Tensor, entries: int, index: Tensor, valid: Tensor) -> Tensor:
+    """Queries `[B, H, R, d]` of some entries among all, NaN in the others."""
+    out = query.new_full((*query.shape[:2], entries + 1, query.shape[3]), float("nan"))
+    at = index.masked_fill(~valid, entries).to(query.device)[:, None, :, None]
+    return out.scatter(2, at.expand_as(query), query)[:, :, :entries]

@@ -23,7 +23,7 @@ from vtc.errors import PatchError, SignalError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method
 from vtc.runtime.layer_cache import remembered
 from vtc.runtime.layer_run import LayerRun
-from vtc.runtime.layer_stage import LayerDecision, Placed
+from vtc.runtime.layer_stage import LayerDecision, Placed, Stage
 from vtc.runtime.probe import probed
 from vtc.sites import LayerView
 from vtc.types import Budget
@@ -54,12 +54,14 @@ class LayerSeam:
         layers: tuple[int, ...],
         budget_of: Callable[[], Budget],
     ) -> None:
+        self._adapter = adapter
         self._language_model: Any = adapter.language_model
         self._method = method
         self._cuts = tuple(sorted(set(layers)))
         self._budget_of = budget_of
         _check(adapter, self._cuts)
         self._hooks: list[Any] = []
+        self._wanted = False
         self._expected: tuple[Placed, Tensor] | None = None
         self._run: LayerRun | None = None
         self._probes = ExitStack()
@@ -82,8 +84,35 @@ class LayerSeam:
         """Entries per decoder layer, padding included, once the last prefill was over."""
         return self._lengths
 
+    @property
+    def cuts(self) -> bool:
+        """Whether anything is cut."""
+        return bool(self._cuts)
+
+    def cut_after(self, layers: tuple[int, ...]) -> None:
+        """Cut after these layers from the next call on."""
+        cuts = tuple(sorted(set(layers)))
+        if cuts == self._cuts:
+            return
+        _check(self._adapter, cuts)
+        wanted = self._wanted
+        self.detach()
+        self._cuts = cuts
+        if wanted:
+            self.attach()
+
+    def stage(self, layer: int) -> Stage | None:
+        """Of the prefill under way, the entries that a layer sees; None where nothing is cut."""
+        return None if self._run is None else self._run.stage(layer)
+
+    def note_asking(self, layer: int, index: Tensor, valid: Tensor) -> None:
+        """Say which entries alone issue queries in a layer of the run under way."""
+        if self._run is not None:
+            self._run.asking[layer] = (index, valid)
+
     def attach(self) -> None:
         """Register the hooks, behind those that are there and before their results."""
+        self._wanted = True
         if self._hooks or not self._cuts:
             return
         first = 0 if self._method.drops_earlier_kv else self._cuts[0] + 1
@@ -99,6 +128,7 @@ class LayerSeam:
 
     def detach(self) -> None:
         """Remove the hooks and everything a broken-off call left."""
+        self._wanted = False
         while self._hooks:
             self._hooks.pop().remove()
         self.clear()
@@ -133,7 +163,7 @@ class LayerSeam:
         state = remembered(given.get("past_key_values"))
         if not self._cuts or (expected is None and state is None):
             return
-        _check_mode(module)
+        check_mode(module)
         first = 0 if self._method.drops_earlier_kv else 1
         run = LayerRun(self._language_model.config, self._cuts, first, state, given)
         if expected is not None:
@@ -200,10 +230,16 @@ def _check(adapter: Adapter, cuts: tuple[int, ...]) -> None:
             f"{added - 1} or later: this model adds encoder features to all visual tokens after "
             f"each of its first {added} decoder layers"
         )
+    if cuts:
+        check_full_attention(config)
+
+
+def check_full_attention(config: Any) -> None:
+    """Refuse a language model whose attention slides over a window."""
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     slides = any(kind != "full_attention" for kind in types) if types else window is not None
-    if cuts and slides:
+    if slides:
         raise UnsupportedModeError(
             f"this language model's attention slides over {window} entries, expected full "
             "attention in all layers: dropping tokens between them would move its window; choose a "
@@ -211,7 +247,7 @@ def _check(adapter: Adapter, cuts: tuple[int, ...]) -> None:
         )
 
 
-def _check_mode(model: Any) -> None:
+def check_mode(model: Any) -> None:
     """Refuse training with checkpoints: layers would run again, without their cache."""
     checkpoints = any(getattr(layer, "gradient_checkpointing", False) for layer in model.layers)
     if model.training and checkpoints:

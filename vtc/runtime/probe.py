@@ -1,8 +1,9 @@
 """Queries, keys and values of single attention modules, while the model stays on sdpa or flash.
 
-One attention module's `config` is replaced by a shallow copy that names a probe function. The probe
+One attention module's `config` is replaced by a shallow copy that names a function of ours. A probe
 looks at q, k and v, then delegates to the implementation that was there: the module's output is
-bit-identical. Nothing is attached outside of the calls that need it.
+bit-identical. An interception computes the output itself. Nothing is attached outside of the calls
+that need it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,17 +26,53 @@ _users = 0
 See = Callable[[Tensor, Tensor, Tensor, float], None]
 # the query -> an additive mask `[B, 1, 1, keys]` in place of None, or None
 Mask = Callable[[Tensor], Tensor | None]
+Attended = tuple[Tensor, Tensor | None]
+# the implementation that was there, of the same inputs but the module and the options
+Stock = Callable[[Tensor, Tensor, Tensor, Tensor | None], Attended]
+# stock, query, key, value, mask, scale -> output `[B, rows, H, d]`
+Attend = Callable[[Stock, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+@dataclass(frozen=True)
+class _Interest:
+    """What one user of an attention module wants."""
+
+    before: Any
+    see: See | None = None
+    mask: Mask | None = None
+    attend: Attend | None = None
 
 
 @contextmanager
 def probed(attention: nn.Module, see: See, mask: Mask | None = None) -> Iterator[None]:
     """Within it, `see` is called whenever `attention` attends; `mask` gives a mask to a module that
     takes none."""
+    with _attached(attention, see=see, mask=mask):
+        yield
+
+
+@contextmanager
+def intercepted(attention: nn.Module, attend: Attend) -> Iterator[None]:
+    """Within it, `attend` says what `attention` gives; probes on the same module see as before."""
+    with _attached(attention, attend=attend):
+        yield
+
+
+def implementation(attention: nn.Module) -> str:
+    """The name of the implementation that `attention` uses, whatever is attached to it."""
+    config: Any = attention.config
+    while (interest := vars(config).get("vtc_probe")) is not None:
+        config = interest.before
+    return str(config._attn_implementation)
+
+
+@contextmanager
+def _attached(attention: nn.Module, **interest: Any) -> Iterator[None]:
     module: Any = attention
     before = module.config
     config = copy.copy(before)
     config._attn_implementation = _NAME
-    config.vtc_probe = (see, mask, before)
+    config.vtc_probe = _Interest(before, **interest)
     with _registered():
         module.config = config
         try:
@@ -45,7 +83,7 @@ def probed(attention: nn.Module, see: See, mask: Mask | None = None) -> Iterator
 
 @contextmanager
 def _registered() -> Iterator[None]:
-    """The probe's name is known to transformers only while somebody uses it."""
+    """Our name is known to transformers only while somebody uses it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     global _users
@@ -69,28 +107,34 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    probed_config: Any = module.config
-    see, mask, config = probed_config.vtc_probe
-    scale = kwargs.get("scaling")
-    see(
-        query.detach(),
-        key.detach(),
-        value.detach(),
-        query.shape[-1] ** -0.5 if scale is None else scale,
-    )
+    given = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if given is None else given
+    top: Any = module.config
+    config, mask, attend = top, None, None
+    while (interest := vars(config).get("vtc_probe")) is not None:
+        if interest.see is not None:
+            interest.see(query.detach(), key.detach(), value.detach(), scale)
+        mask, attend = mask or interest.mask, attend or interest.attend
+        config = interest.before
     name = config._attn_implementation
-    if mask is not None and (given := mask(query)) is not None:
-        attention_mask = given
+    if mask is not None and (replaced := mask(query)) is not None:
+        attention_mask = replaced
         # flash attention takes no such mask
         name = name if name in ("eager", "sdpa") else "sdpa"
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    stock: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    # some implementations look their own name up in the module's config (flash attention does)
-    module.config = config
-    try:
-        return stock(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    finally:
-        module.config = probed_config
+
+    def stock(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Attended:
+        implementation: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+        # some implementations look their own name up in the module's config (flash attention does)
+        module.config = config
+        try:
+            return implementation(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            module.config = top
+
+    if attend is None:
+        return stock(query, key, value, attention_mask)
+    return attend(stock, query, key, value, attention_mask, scale), None

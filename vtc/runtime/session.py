@@ -16,13 +16,25 @@ from torch.nn import functional as F
 from vtc.adapters.base import Adapter
 from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method
+from vtc.plans import LayerPlan, layers_as_tokens
 from vtc.runtime.clock import Clock
 from vtc.runtime.compaction import Policy, by_row, plan
 from vtc.runtime.images import Images, find_images
 from vtc.runtime.layers import LayerSeam
 from vtc.runtime.report import kv_bytes, kv_lengths
-from vtc.runtime.short import Full, Short, following, gather_groups, last, placed_of, with_slots
-from vtc.runtime.tower import Tower
+from vtc.runtime.row_run import Expected
+from vtc.runtime.row_seam import RowSeam
+from vtc.runtime.short import (
+    Full,
+    Short,
+    cells_of,
+    following,
+    gather_groups,
+    last,
+    placed_of,
+    with_slots,
+)
+from vtc.runtime.tower import Tower, facts_of
 from vtc.scorers import RandomScores
 from vtc.types import Budget, Selection, Tokens
 
@@ -37,6 +49,7 @@ class Call:
         block_patches: patches through each block of the encoder; empty where none were cut.
         kv_lengths: entries of each decoder layer's cache after the prefill.
         slots: which original token each visual token is that reached the language model.
+        plans: what was said about decoder layers instead of tokens.
     """
 
     images: Images
@@ -50,6 +63,7 @@ class Call:
     encoder: Selection | None = None
     block_patches: tuple[int, ...] = ()
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    plans: list[LayerPlan] = field(default_factory=list)
 
 
 class _Captured(Exception):
@@ -75,7 +89,7 @@ class Session:
         self, adapter: Adapter, method: Method, budget: Budget, policy: Policy, seed: int
     ) -> None:
         self.adapter = adapter
-        self.method = method
+        self.method = method = method.on(facts_of(adapter))
         self.budget = budget
         self.policy: Policy = policy
         self.seed = seed
@@ -83,9 +97,38 @@ class Session:
         self.layers = LayerSeam(
             adapter, method, method.llm_layers(self.tower.facts, budget), lambda: self.budget
         )
+        facts = self.tower.facts
+        self.rows = RowSeam(
+            adapter, self._plan(), method.rule_layers(facts), method.layer_rule, self.layers
+        )
         self._hiding = ExitStack()
-        self.cuts_layers = bool(method.llm_layers(self.tower.facts, budget))
+        self._image_key: Tensor | None = None
         self.last: Call | None = None
+
+    def _plan(self) -> LayerPlan:
+        """What the method says about decoder layers under the budget in force."""
+        facts = self.tower.facts
+        return self.method.plan(layers_as_tokens(facts.llm_depth, self.seed), facts, self.budget)
+
+    def set_budget(self, budget: Budget) -> None:
+        """Change how much is kept from the next call on."""
+        before, self.budget = self.budget, budget
+        try:
+            self.rows.plan = self._plan()
+            self.layers.cut_after(self.method.llm_layers(self.tower.facts, budget))
+        except VtcError:
+            self.budget = before
+            raise
+
+    @property
+    def acts_later(self) -> bool:
+        """Whether something is done inside the LLM."""
+        return self.layers.cuts or self.rows.acts
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it has to be done in steps behind the prompt too."""
+        return self.layers.cuts or self.rows.lasts
 
     def clock(self, inputs: Mapping[str, Any]) -> Clock:
         """A clock that has just started."""
@@ -158,7 +201,8 @@ class Session:
             return
         call.kv_bytes, call.kv_lengths = kv_bytes(cache), kv_lengths(cache)
         lengths, images = call.images.lengths, call.images
-        for decision in self.layers.decisions if self.cuts_layers else []:
+        call.plans = list(self.rows.plans)
+        for decision in self.layers.decisions if self.layers.cuts else []:
             kept = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
             group, slot = decision.keep.cpu().nonzero(as_tuple=True)
             kept[group, call.slots[group, slot]] = True
@@ -167,12 +211,22 @@ class Session:
             )
 
     def expect_layers(self, images: Images, short: Short) -> None:
-        """Tell the seam between decoder layers where visual tokens stand in the next prefill."""
-        if not self.cuts_layers or self.last is None:
+        """Tell the seams inside the LLM where visual tokens stand in the next prefill."""
+        if not self.acts_later or self.last is None:
             return
         placed = placed_of(images, short)
         self.last.slots = placed.index.cpu()
         self.layers.expect(placed, short.attention_mask)
+        near = any(rule.radius is not None for rule in self.rows.plan.rules)
+        self.rows.expect(
+            Expected(
+                placed,
+                short.attention_mask,
+                cells_of(images, placed) if near else None,
+                self._image_key,
+                self.seed,
+            )
+        )
 
     @contextmanager
     def deepstack(self, short: Short) -> Iterator[None]:
@@ -225,6 +279,7 @@ class Session:
     def clear_layers(self) -> None:
         """Forget a prefill that never came."""
         self.layers.clear()
+        self.rows.clear()
 
     def keeps_all(self, images: Images) -> bool:
         """Whether the budget leaves every image whole, so that nothing has to run."""
@@ -240,7 +295,7 @@ class Session:
         """Run the method on padded groups of tokens `[G, N, D]`."""
         if self.method.site == "encoder":
             return self._survivors(images)
-        if self.method.site == "llm_layer":
+        if self.method.site in ("llm_layer", "llm_rows"):
             return self._everything(images)
         # the encoder of a model spread over devices may be elsewhere
         signals = {key: x.to(features.device) for key, x in self.tower.read().items()}

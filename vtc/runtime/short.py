@@ -105,6 +105,25 @@ def placed_of(images: Images, short: Short) -> Placed:
     )
 
 
+def cells_of(images: Images, placed: Placed) -> Tensor:
+    """The grid (counted over crops, tiles and frames of all images), row and column of each entry
+    of a sequence, `int64[B, S, 3]`; grid -1 for text."""
+    tables, first = [], 0
+    for visual in images.visuals:
+        found = []
+        for frames, h, w in visual.grids:
+            places = torch.cartesian_prod(torch.arange(frames), torch.arange(h), torch.arange(w))
+            found.append(places.view(-1, 3) + torch.tensor([first, 0, 0]))
+            first += frames
+        tables.append(torch.cat(found))
+    table = pad_sequence(tables, batch_first=True).to(placed.index.device)
+    cells = placed.index.new_full((*placed.visual.shape, 3), -1)
+    rows = placed.parent[:, 1:].expand_as(placed.columns)[placed.valid]
+    index = placed.index[..., None].expand(-1, -1, 3)
+    cells[rows, placed.columns[placed.valid]] = table.gather(1, index)[placed.valid]
+    return cells
+
+
 def full_of(kwargs: Mapping[str, Any]) -> Full:
     """The embeddings among a language model's inputs, with what DeepStack adds later."""
     embeds, layers = kwargs["inputs_embeds"], kwargs.get("deepstack_visual_embeds")

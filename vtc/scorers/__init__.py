@@ -4,11 +4,24 @@ from vtc.scorers.base import Scorer
 from vtc.scorers.center import Center
 from vtc.scorers.cls_attention import ClsAttention
 from vtc.scorers.flow import Flow
+from vtc.scorers.layer_contribution import LayerContribution
 from vtc.scorers.overview import Overview
 from vtc.scorers.random_scores import RandomScores
+from vtc.scorers.sink_norm import SinkNorm
 
 SCORERS: dict[str, type[Scorer]] = {
-    s.name: s for s in (ClsAttention, RandomScores, Center, Overview, Flow)
+    s.name: s
+    for s in (ClsAttention, RandomScores, Center, Overview, Flow, LayerContribution, SinkNorm)
 }
 
-__all__ = ["SCORERS", "Center", "ClsAttention", "Flow", "Overview", "RandomScores", "Scorer"]
+__all__ = [
+    "SCORERS",
+    "Center",
+    "ClsAttention",
+    "Flow",
+    "LayerContribution",
+    "Overview",
+    "RandomScores",
+    "Scorer",
+    "SinkNorm",
+]

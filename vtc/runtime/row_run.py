@@ -1,0 +1,296 @@
+"""One run of a language model in which visual rows skip work, or are read otherwise."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vtc.errors import VtcError
+from vtc.plans import LayerPlan, LayerRule
+from vtc.runtime.layer_cache import filled
+from vtc.runtime.layer_stage import Placed, Stage
+from vtc.runtime.probe import implementation, intercepted
+from vtc.runtime.reread import Reread, by_mask, visible_keys
+from vtc.runtime.row_state import RowState, behind
+from vtc.runtime.short_rows import FfnRows, ShortRows, Split
+from vtc.sites import RowView
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """The prefill that comes next.
+
+    Attributes:
+        placed: where its visual tokens stand.
+        mask: `[B, S]` over its entries, those that the cache does not hold yet.
+        cells: `int64[B, S, 3]`, the grid, row and column of each, grid -1 for text; None where the
+            plan has no radius.
+        image_key: `int64[G]`, a number made from the pixels of each image; None where it is not
+            asked for.
+        seed: the seed given to `vtc.patch`.
+    """
+
+    placed: Placed
+    mask: Tensor
+    cells: Tensor | None = None
+    image_key: Tensor | None = None
+    seed: int = 0
+
+
+class Sequence:
+    """The entries of a prefill as the layers up to the next cut see them.
+
+    Args:
+        visual: `bool[B, L]`.
+        mask: `bool[B, L]`, False on padding.
+        cells: `int64[B, L, 3]`, the grid, row and column of each, grid -1 for text; None where no
+            radius is in force.
+        places: where the tokens of each image stand.
+
+    Attributes:
+        split: text rows and visual rows.
+        columns: `int64[G, N]`, where each visual token stands; 0 on padding.
+        valid: `bool[G, N]`.
+        parent: `int64[G, 2]`, image and batch row.
+    """
+
+    def __init__(
+        self, visual: Tensor, mask: Tensor, cells: Tensor | None, places: Placed | Stage
+    ) -> None:
+        self.visual, self.mask, self._cells = visual, mask, cells
+        staged = isinstance(places, Stage)
+        self.columns = places.places if staged else places.columns
+        self.valid = places.valid
+        self.parent = places.placed.parent if staged else places.parent
+        self.split = Split.of(visual)
+        self.empty = not self.split.visual.shape[1]
+
+    @cached_property
+    def _before(self) -> Tensor:
+        """`bool[B, L]`, the entries up to the last visual one."""
+        return self.visual.flip(-1).long().cumsum(-1).flip(-1) > 0
+
+    @cached_property
+    def tail(self) -> Split:
+        """Entries behind the last visual one, as the text rows of a split."""
+        return Split.of(self._before)
+
+    @cached_property
+    def tail_of_text(self) -> Split:
+        """The same among the text rows alone."""
+        return Split.of(self.split.texts(self._before) | ~self.split.text_valid)
+
+    def near(self, radius: int, held: int) -> Tensor:
+        """`bool[B, 1, L, held + L]`: text, and visual keys of the same grid within the radius."""
+        if self._cells is None:
+            raise VtcError(
+                "a radius was put in force in a call of a model whose plan has none, expected it "
+                "in the plan: say it in Method.plan, not in layer_rule"
+            )
+        grid, place = self._cells[..., 0], self._cells[..., 1:]
+        apart = (place[:, :, None] - place[:, None]).abs().amax(-1)
+        close = (grid[:, :, None] == grid[:, None]) & (apart <= radius)
+        near = close | ~self.visual[:, None]
+        return F.pad(near, (held, 0))[:, None]
+
+
+class RowRun:
+    """One run of the language model: a prefill, or a step behind one.
+
+    Args:
+        plan: what was decided when the model was patched.
+        state: what the cache remembers.
+        given: the language model's inputs by name.
+
+    Attributes:
+        rules: of a prefill, those in force so far.
+        asking: which entries issue queries in the layer under way: `(index, valid)`, `[k·B, R]`
+            each; None: all.
+    """
+
+    def __init__(self, plan: LayerPlan, state: RowState | None, given: dict[str, Any]) -> None:
+        entries = given.get("inputs_embeds")
+        entries = given["input_ids"] if entries is None else entries
+        self._batch, self._length = entries.shape[:2]
+        self._state = state
+        if state is not None:
+            state.check(self._batch)
+        self._cache = given.get("past_key_values")
+        self._rules = list(plan.rules)
+        self._placed: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._where: Placed | None = None
+        self._key: Tensor | None = None
+        self._seed = 0
+        self._rows = self._more = 0
+        self._sequences: list[tuple[Stage | None, Sequence]] = []
+        self._lasting: dict[int, tuple[LayerRule, Tensor]] = {}
+        self._short: ShortRows | None = None
+        self.asking: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def rules(self) -> tuple[LayerRule, ...]:
+        """One for each decoder layer."""
+        return tuple(self._rules)
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether this run has the visual tokens among its entries."""
+        return self._placed is not None
+
+    def begin(self, expected: Expected) -> None:
+        """Make it the prefill of a sequence."""
+        placed, mask, cells = expected.placed, expected.mask, expected.cells
+        self._where, self._key, self._seed = placed, expected.image_key, expected.seed
+        self._rows, entries = mask.shape
+        self._more = self._length - entries  # candidates of assisted decoding
+        self._placed = (
+            F.pad(placed.visual, (0, self._more)),
+            F.pad(mask != 0, (0, self._more), value=True),
+            None if cells is None else F.pad(cells, (0, 0, 0, self._more), value=-1),
+        )
+
+    def concerns(self, layer: int) -> bool:
+        """Whether the layer is not left alone, as far as is known before it runs."""
+        if self.is_prefill and not self._rules[layer].is_stock:
+            return True
+        return self._state is not None and layer in self._state.rules
+
+    def sequence(self, stage: Stage | None) -> Sequence:
+        """The entries that a layer behind these cuts sees."""
+        for known, sequence in self._sequences:
+            if known is stage:
+                return sequence
+        visual, mask, cells = self._placed  # type: ignore[misc]  # a prefill has it
+        places: Placed | Stage = self._where  # type: ignore[assignment]
+        if stage is not None:
+            places, visual, mask = stage, stage.visual, stage.mask
+            if cells is not None:
+                columns = stage.columns[..., None].expand(-1, -1, 3)
+                cells = cells.to(columns.device).gather(1, columns)
+        sequence = Sequence(visual, mask, cells, places)
+        self._sequences.append((stage, sequence))
+        return sequence
+
+    def view(self, layer: int, sequence: Sequence, hidden: Tensor) -> RowView:
+        """What a method may look at before a layer runs."""
+        entries = sequence.visual.shape[1] - self._more
+        copies = self._batch // self._rows
+        here = hidden.device
+        return RowView(
+            layer=layer,
+            hidden=hidden[::copies, :entries],
+            mask=sequence.mask[:, :entries].to(here),
+            visual=sequence.visual[:, :entries].to(here),
+            valid=sequence.valid.to(here),
+            columns=sequence.columns.to(here),
+            parent=sequence.parent.to(here),
+            image_key=self._key,
+            seed=self._seed,
+        )
+
+    def refine(self, layer: int, rule: LayerRule) -> None:
+        """Put a rule in force in this call."""
+
+        def wide(x: Tensor | None) -> Tensor | None:
+            return None if x is None else F.pad(x, (0, self._more))
+
+        self._rules[layer] = replace(rule, unread=wide(rule.unread), sinks=wide(rule.sinks))
+
+    def enter(
+        self,
+        layer: int,
+        module: Any,
+        sequence: Sequence | None,
+        given: dict[str, Any],
+        stack: ExitStack,
+    ) -> dict[str, Any] | None:
+        """Put what a layer needs on it until `stack` closes.
+
+        Args:
+            layer: the decoder layer.
+            module: itself.
+            sequence: of a prefill, its entries.
+            given: its inputs by name.
+            stack: what to undo.
+
+        Returns:
+            What it is to get in place of some inputs; None: nothing else.
+        """
+        self._short = self.asking = None
+        if sequence is None:
+            state = self._state
+            if state is not None and layer in state.rules:
+                reread = Reread(state.rules[layer], state.visual[layer])
+                stack.enter_context(intercepted(module.self_attn, reread.attend))
+            return None
+        held, rule = filled(given.get("past_key_values"), layer), self._rules[layer]
+        whole, visual = behind(self._state, layer, held, rule, sequence.visual)
+        if whole.lasts:
+            self._lasting[layer] = (whole, visual)
+        changed, short = None, not rule.attention and not sequence.empty
+        if short:
+            changed = self._enter_short(module, sequence, given, rule.ffn, stack)
+        elif not rule.ffn and not sequence.empty:
+            split = self._here(sequence.split, given)
+            stack.callback(FfnRows(module, split).close)
+        if whole.rereads:
+            radius = None if short else rule.radius
+            reread = Reread(
+                rule=whole,
+                visual=visual,
+                asking=None if short else sequence.split,
+                near=None if radius is None else sequence.near(radius, held),
+                behind=sequence.tail_of_text if short else sequence.tail,
+            )
+            stack.enter_context(intercepted(module.self_attn, reread.attend))
+        return changed
+
+    def _here(self, split: Split, given: dict[str, Any]) -> Split:
+        return split.to(given["hidden_states"].device).repeated(self._batch)
+
+    def _enter_short(
+        self,
+        module: Any,
+        sequence: Sequence,
+        given: dict[str, Any],
+        ffn: bool,
+        stack: ExitStack,
+    ) -> dict[str, Any]:
+        """Have the layer run on text rows alone."""
+        hidden, split = given["hidden_states"], self._here(sequence.split, given)
+        cache, queries = given.get("past_key_values"), hidden.shape[1]
+        keys = queries + filled(cache, module.self_attn.layer_idx)
+        visible = visible_keys(given.get("attention_mask"), queries, keys, hidden.device)
+        self._short = ShortRows(module, split, given, visible, ffn)
+        stack.callback(self._short.close)
+        self.asking = (split.text, split.text_valid)
+        changed = self._short.inputs
+        kind = implementation(module.self_attn)
+        if kind == "eager":
+            seen = changed["attention_mask"]
+            lowest = torch.finfo(hidden.dtype).min
+            changed["attention_mask"] = hidden.new_zeros(seen.shape).masked_fill(~seen, lowest)
+        elif kind != "sdpa":
+            # flash attention takes no such mask
+            stack.enter_context(intercepted(module.self_attn, by_mask))
+        return changed
+
+    def leave(self, output: Any) -> Any:
+        """The layer's output over all entries; None: as it is."""
+        short, self._short = self._short, None
+        return None if short is None else short.whole(output)
+
+    def state(self) -> RowState:
+        """What the cache is to remember."""
+        rules = {} if self._state is None else dict(self._state.rules)
+        visual = {} if self._state is None else dict(self._state.visual)
+        for layer, (rule, keys) in self._lasting.items():
+            rules[layer] = replace(rule, attention=True, ffn=True, radius=None)
+            visual[layer] = keys
+        return RowState(rules, visual, self._rows)
