@@ -1,7 +1,7 @@
 """Compress the visual tokens of stock multimodal LLMs: `vtc.patch(model, "vtc_cls", keep=64)`."""
 
 from vtc import errors
-from vtc.calibration import Calibration
+from vtc.calibration import Calibration, calibrate
 from vtc.errors import VtcError
 from vtc.methods.base import Method
 from vtc.methods.registry import method, methods, register
@@ -18,6 +18,7 @@ __all__ = [
     "Signal",
     "Tokens",
     "VtcError",
+    "calibrate",
     "errors",
     "method",
     "methods",

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vtc", description="Compress the visual tokens of multimodal LLMs.")
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for add in (_demo, _sweep, _methods, _tasks, _doctor):
+    for add in (_demo, _sweep, _calibrate, _methods, _tasks, _doctor):
         add(commands)
     return parser
 
@@ -135,6 +135,25 @@ def _sweep(commands: Any) -> None:
     p.add_argument("--timed-samples", type=_whole(0), help=timed)
     pictures = f"pictures in the report {by_default('pictures')}"
     p.add_argument("--pictures", type=_whole(0), help=pictures)
+
+
+def _calibrate(commands: Any) -> None:
+    what = "measure which layers, dimensions and heads matter to a model's visual tokens"
+    p = _command(commands, "calibrate", what)
+    p.add_argument("--model", help="folder, hub id, or a model of the testbed (default: llava)")
+    p.add_argument("--task", help="an lmms-eval task to take the questions of")
+    p.add_argument("--include-path", type=Path, help="folder of lmms-eval task files")
+    p.add_argument("--images", type=Path, help="a folder of pictures instead, with --question")
+    p.add_argument("--question", help="what to ask about each picture of --images")
+    p.add_argument("--samples", type=_whole(1), default=16, help="(default: %(default)s)")
+    parts = ("layers", "sinks", "heads")
+    p.add_argument("--what", nargs="+", choices=parts, default=parts, help="(default: all)")
+    out = "JSON file to write (default: vtc_calibration_NAME.json)"
+    p.add_argument("--out", type=Path, help=out)
+    p.add_argument("--plot", type=Path, help="picture to write (default: beside the JSON file)")
+    p.add_argument("--device", help="cpu, cuda, ... (default: CUDA where there is one)")
+    dtype = "default: the checkpoint's on a GPU, float32 on a CPU"
+    p.add_argument("--dtype", default="auto", help=dtype)
 
 
 def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:

@@ -2,5 +2,13 @@
 
 from vtc.calibration.activations import Activations, sink_threshold
 from vtc.calibration.data import FILE, Calibration, calibration_of
+from vtc.calibration.measure import calibrate
 
-__all__ = ["FILE", "Activations", "Calibration", "calibration_of", "sink_threshold"]
+__all__ = [
+    "FILE",
+    "Activations",
+    "Calibration",
+    "calibrate",
+    "calibration_of",
+    "sink_threshold",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from vtc.calibration import store
 from vtc.calibration.activations import Activations
@@ -74,8 +75,12 @@ class Calibration:
                 f"cannot write {str(path)!r}, expected a file in a folder that exists: create the "
                 "folder, or add a file name"
             )
+        path.write_text(store.text(self.to_dict()), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known, as JSON can hold it."""
         known = {name: value for name, value in asdict(self).items() if value is not None}
-        path.write_text(store.text(known), encoding="utf-8")
+        return store.plain(known)
 
 
 def calibration_of(given: Calibration | str | Path | None, facts: Facts, what: str) -> Calibration:

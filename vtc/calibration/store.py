@@ -11,29 +11,29 @@ from typing import Any
 from vtc.errors import InputError
 
 
-def text(fields: Mapping[str, Any]) -> str:
-    """The file's text; dictionaries inside are written like the whole."""
-    return _object(fields, "") + "\n"
+def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with tuples as lists and infinity as None."""
+    return {name: _plain(value) for name, value in fields.items()}
 
 
-def _object(fields: Mapping[str, Any], indent: str) -> str:
-    lines = [
-        f"{indent}  {json.dumps(name)}: "
-        + (
-            _object(value, indent + "  ")
-            if isinstance(value, Mapping)
-            else json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
-        )
-        for name, value in fields.items()
-    ]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _finite(value: Any) -> Any:
-    """Tuples as lists, infinity as None."""
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return plain(value)
     if isinstance(value, tuple | list):
-        return [_finite(v) for v in value]
+        return [_plain(v) for v in value]
     return None if value == math.inf else value
+
+
+def text(fields: Mapping[str, Any], indent: str = "") -> str:
+    """The text of a file that holds plain fields; an object inside is written like the whole."""
+    lines = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            written = text(value, indent + "  ").rstrip()
+        else:
+            written = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        lines.append(f"{indent}  {json.dumps(name)}: {written}")
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}\n"
 
 
 def read(path: Path) -> dict[str, Any]:
