@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vtc.plans import LayerRule
+
 if TYPE_CHECKING:
     from vtc.runtime.session import Call, Session
 
@@ -27,7 +29,11 @@ class Report:
         llm_tokens: per image, tokens that reached the LLM.
         kept_tokens: per image, tokens left after the last cut that left any (cuts between decoder
             layers come after the LLM's entrance).
-        layer_mean_tokens: tokens per image, averaged over images and decoder layers.
+        layer_mean_tokens: tokens per image, averaged over images and decoder layers; a layer in
+            which visual rows skip something counts none.
+        active_fraction: mean over images of their tokens, averaged over layers in that way, over
+            visual_tokens.
+        active_fractions: the same per image.
         kept_fraction: mean over images of kept_tokens / visual_tokens.
         kept_fractions: the same per image.
         stand_in: what was read in the place of a [CLS] that the encoder does not have.
@@ -35,6 +41,8 @@ class Report:
             cut there.
         layer_tokens: visual tokens, over all images, in each decoder layer; empty where none are
             cut there.
+        attention_skipped: decoder layers in which visual rows skip attention.
+        ffn_skipped: decoder layers in which they skip the feed-forward network.
         kv_lengths: entries of each decoder layer's cache after the prefill.
         encoder_ms: vision tower, projector and probes.
         selector_ms: scores, choice and compaction.
@@ -54,6 +62,8 @@ class Report:
     llm_tokens: tuple[int, ...]
     kept_tokens: tuple[int, ...]
     layer_mean_tokens: float
+    active_fraction: float
+    active_fractions: tuple[float, ...]
     kept_fraction: float
     kept_fractions: tuple[float, ...]
     encoder_ms: float | None
@@ -65,6 +75,8 @@ class Report:
     kv_lengths: tuple[int, ...]
     block_patches: tuple[int, ...]
     layer_tokens: tuple[int, ...]
+    attention_skipped: tuple[int, ...]
+    ffn_skipped: tuple[int, ...]
     stand_in: str | None
     peak_memory_bytes: int | None
     kernels: str
@@ -88,6 +100,8 @@ def _text(name: str, value: Any) -> str:
         return f"{value / 2**20:.1f} MiB"
     if value == ():
         return "-"
+    if name in ("attention_skipped", "ffn_skipped"):
+        return " ".join(map(str, value))
     if name in ("kv_lengths", "block_patches", "layer_tokens"):
         return " ".join(f"{n}×{len(list(same))}" for n, same in groupby(value))
     if isinstance(value, tuple):
@@ -104,6 +118,13 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
     visual, reached = call.images.lengths, tuple(call.selection.slots.tolist())
     kept, layers = _through_layers(session, call, reached)
     fractions = tuple(k / n for k, n in zip(kept, visual, strict=True))
+    rules = call.plans[0].rules if call.plans else (LayerRule(),) * len(layers)
+    active = [
+        there if rule.active else (0,) * len(visual)
+        for there, rule in zip(layers, rules, strict=True)
+    ]
+    means = [sum(tokens) / len(layers) for tokens in zip(*active, strict=True)]
+    actives = tuple(mean / n for mean, n in zip(means, visual, strict=True))
     clock = call.clock
     decode, later = clock.ms("first", "end"), (call.new_tokens or 0) - 1
     return Report(
@@ -113,7 +134,9 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
         visual_tokens=visual,
         llm_tokens=reached,
         kept_tokens=kept,
-        layer_mean_tokens=sum(layers) / len(layers) / len(reached),
+        layer_mean_tokens=sum(means) / len(means),
+        active_fraction=sum(actives) / len(actives),
+        active_fractions=actives,
         kept_fraction=sum(fractions) / len(fractions),
         kept_fractions=fractions,
         encoder_ms=clock.ms("start", "encoded"),
@@ -124,7 +147,9 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
         kv_bytes=call.kv_bytes,
         kv_lengths=call.kv_lengths,
         block_patches=call.block_patches,
-        layer_tokens=tuple(layers) if call.later else (),
+        layer_tokens=tuple(map(sum, layers)) if call.later else (),
+        attention_skipped=tuple(i for i, rule in enumerate(rules) if not rule.attention),
+        ffn_skipped=tuple(i for i, rule in enumerate(rules) if not rule.ffn),
         stand_in=session.tower.signals.stand_in,
         peak_memory_bytes=_peak_memory(clock.device),
         kernels=kernels,
@@ -133,11 +158,11 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
 
 def _through_layers(
     session: Session, call: Call, reached: tuple[int, ...]
-) -> tuple[tuple[int, ...], list[int]]:
-    """Per image, tokens after the last cut that left any; per decoder layer, tokens of all."""
-    kept, there, layers = reached, reached, []
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Per image, tokens after the last cut that left any; per decoder layer, tokens of each."""
+    kept, there, layers = reached, reached, list[tuple[int, ...]]()
     for layer in range(session.tower.facts.llm_depth):
-        layers.append(sum(there))
+        layers.append(there)
         if (later := call.later.get(layer)) is not None:
             there = tuple(later.slots.tolist())
             kept = tuple(now or before for now, before in zip(there, kept, strict=True))
