@@ -19,7 +19,7 @@ from tests.kit.matrix import (
     by_mask,
     cached_inputs,
     cells,
-    later_masks,
+    inside,
     patched,
     statement,
 )
@@ -43,7 +43,7 @@ def oracle(
 ) -> tuple[Any, Tensor]:
     """The output and which columns count."""
     model = spec.model(family)
-    with torch.no_grad(), later_masks(model, family, inputs, made.later):
+    with torch.no_grad(), inside(spec, family, inputs, made):
         if by_mask(spec, family):
             assert made.first is not None
             kept = kept_columns(model, family, inputs, made.first)

@@ -17,10 +17,12 @@ import vtc
 from vtc.errors import UnsupportedModeError, VtcError
 from vtc.types import Selection
 
-from . import plain
+from . import plain, plain_methods
 from .fed import Fed, arguments, deepstack, fed, recorded
 from .models import FAMILIES, PLACEHOLDERS, build_model
 from .oracle import kept_columns, masked, masked_from_layer, rows_expanded_by_hand
+from .plain_methods import Rules, prompt_of
+from .plain_rows import Record, restated
 from .prompts import Inputs, build_inputs, prompts
 
 model_of = cache(build_model)
@@ -44,17 +46,47 @@ MODES: dict[str, dict[str, Any]] = {
 # what the oracle runs for those: the result does not depend on speculation, nor on a cache
 SAME_AS = {"prompt lookup": "greedy"}
 
-# options that are worth a run of their own; `tau` is one of TAU
+# dimensions in which some tokens of the tiny models stand out, text and visual, and others do not
+SINKS = {"dims": (3, 17, 40), "tau": 1.8}
+# options that are worth a run of their own; `tau` "between" is one of TAU, a calibration "drawn"
+# one of random numbers
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "todre": (
         {"tau": "between"},
         {"tau": 1.0, "objective": "k_center"},
         {"tau": "between", "stage1": False},
     ),
+    "naavit": (
+        {"calibration": "drawn"},
+        {"calibration": "drawn", "skip_ffn": True},
+        {"layers": (0, 2)},
+    ),
+    "shortv": ({"calibration": "drawn"}, {"layers": (1, 2)}),
+    "ima_skip": (
+        {"interval": 1},
+        {"operator": "attention", "interval": None},
+        {"operator": "block", "interval": (1, 2), "end": 4},
+    ),
+    "yopo": (
+        {"window": 3, "heads": 0.5, "calibration": "drawn"},
+        {"window": 5, "heads": 0.5, "renormalize": False, "calibration": "drawn"},
+        {"window": 3, "heads": 1.0},
+    ),
+    "sink_removal": (
+        SINKS,
+        {"mode": "mask", **SINKS},
+        {"mode": "mask", "calibration": "drawn", "tau": 1.7},
+    ),
+    "var": (
+        {"rho": 0.3, "p": 0.4, "least": 0.3, **SINKS},
+        {"rho": 0.2, "p": 0.6, "least": 0.5, "except_last": True, **SINKS},
+    ),
 }
 # decoder layers where four are too few: 7L/8 leaves one without visual tokens
 LAYERS = {"todre": 8}
 KEEP = 0.4
+# three of four layers see visual tokens, of which the last has its heads pruned
+KEEPS = {"yopo": 0.75}
 
 
 @dataclass(frozen=True)
@@ -70,20 +102,65 @@ class Spec:
 
     def method(self, family: str) -> vtc.Method:
         """The method for a model of this family."""
+        return vtc.method(self.name, **self.given(family))
+
+    def given(self, family: str) -> dict[str, Any]:
+        """Its options for a model of this family."""
         options = dict(self.options)
         if options.get("tau") == "between":
             options["tau"] = TAU[family][options.get("stage1", True) is False]
-        return vtc.method(self.name, **options)
+        if options.get("calibration") == "drawn":
+            options["calibration"] = drawn(depth_of(self.model(family)))
+        return options
 
     @property
     def keep(self) -> float | None:
         """What it keeps in the matrix."""
         kind = self.method(FAMILIES[0])
-        return None if kind.name == "none" or kind.count == "adaptive" else KEEP
+        if kind.name == "none" or kind.count == "adaptive":
+            return None
+        return KEEPS.get(self.name, KEEP)
+
+    @property
+    def over_layers(self) -> bool:
+        """Whether it says what rows do in decoder layers."""
+        return self.name in plain_methods.ROWS
+
+    def rules(self, family: str) -> Rules:
+        """What it says of them, independently stated."""
+        if not self.over_layers:
+            return {}
+        depth = depth_of(self.model(family))
+        return plain_methods.ROWS[self.name](depth, self.keep, **self.given(family))
+
+    def cuts(self, family: str, inputs: Inputs) -> dict[int, Tensor]:
+        """Columns `bool[B, S]` that layers see from one on, independently stated."""
+        model, options = self.model(family), self.given(family)
+        if self.name == "yopo":
+            return plain_methods.text_alone(model, family, inputs, self.keep)
+        if self.name == "sink_removal" and options.get("mode") != "mask":
+            return plain_methods.sinks_removed(model, family, inputs, **options)
+        return {}
 
     def model(self, family: str) -> Any:
         """The stock model it is tried on."""
         return model_of(family) if self.layers is None else model_of(family, layers=self.layers)
+
+
+def depth_of(model: Any) -> int:
+    """Decoder layers."""
+    return len(model.model.language_model.layers)
+
+
+@cache
+def drawn(depth: int) -> vtc.calibration.Calibration:
+    """A calibration of random numbers for this many layers of four heads."""
+    generator = torch.Generator().manual_seed(depth)
+    return vtc.calibration.Calibration(
+        layer_contribution=tuple(torch.rand(depth, generator=generator).tolist()),
+        sink_dims=(5, 60),
+        head_ratio=tuple(map(tuple, torch.rand(depth, 4, generator=generator).tolist())),
+    )
 
 
 def specs_of(name: str) -> list[Spec]:
@@ -210,6 +287,21 @@ def later_masks(
         yield
 
 
+@contextmanager
+def inside(spec: Spec, family: str, inputs: Inputs, decision: Decision) -> Iterator[Record | None]:
+    """Within it decoder layers of the stock model do what the method says of them."""
+    model = spec.model(family)
+    with ExitStack() as stack:
+        if not spec.over_layers:
+            stack.enter_context(later_masks(model, family, inputs, decision.later))
+            yield None
+            return
+        for layer, kept in spec.cuts(family, inputs).items():
+            stack.enter_context(masked_from_layer(model, layer, kept))
+        prompt = prompt_of(model, family, inputs)
+        yield stack.enter_context(restated(model, prompt, spec.rules(family)))
+
+
 def statement(
     model: Any, spec: Spec, family: str, inputs: Inputs, decision: Decision
 ) -> tuple[Fed, Tensor]:
@@ -219,21 +311,21 @@ def statement(
         given = fed(model, inputs, decision.said)
     else:
         given = fed(model, inputs)
-        if method.exactness == "restatement":
+        if method.exactness == "restatement" and not spec.over_layers:
             return STATEMENTS[spec.name](model, family, inputs, given, spec.keep)
     assert decision.first is not None
     return given, kept_columns(model, family, inputs, decision.first)
 
 
 def by_mask(spec: Spec, family: str) -> bool:
-    """Whether the stock model with a mask is the oracle."""
-    return spec.method(family).exactness in ("mask", "layer_mask")
+    """Whether the whole model with a mask is the oracle, its layers stock or as stated."""
+    return spec.over_layers or spec.method(family).exactness in ("mask", "layer_mask")
 
 
 def want(spec: Spec, family: str, inputs: Inputs, decision: Decision, mode: str) -> Tensor:
     """What the oracle of the method's declared exactness adds."""
     model, options = spec.model(family), MODES[SAME_AS.get(mode, mode)]
-    with rows_expanded_by_hand(model, family), later_masks(model, family, inputs, decision.later):
+    with rows_expanded_by_hand(model, family), inside(spec, family, inputs, decision):
         if by_mask(spec, family):
             assert decision.first is not None
             return run(model, masked(model, family, inputs, decision.first), **options)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .oracle import groups
 from .plain import middles, parts_of
-from .plain_rows import Prompt, Rule, Sinks, Var
+from .plain_rows import Prompt, Rule, Sinks, Var, is_sink
 from .prompts import Inputs
 
 Rules = dict[int, Rule]
@@ -149,6 +149,61 @@ def yopo(
             own = tuple(first + h in kept for h in range(per_layer))
             rules[layer] = replace(near, heads=own)
     return rules
+
+
+def text_alone(model: Any, family: str, inputs: Inputs, keep: float | None) -> dict[int, Tensor]:
+    """YOPO's last layers do not see the picture."""
+    assert keep is not None
+    depth = len(model.model.language_model.layers)
+    first = text_alone_from(depth, keep)
+    nothing = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    return {first: columns(model, family, inputs, nothing)} if first < depth else {}
+
+
+def columns(model: Any, family: str, inputs: Inputs, visual: Tensor) -> Tensor:
+    """Text, of visual tokens those in `visual [B, S]`, and newline tokens of their rows."""
+    out = torch.ones_like(visual)
+    for group in groups(model, family, inputs):
+        left = visual[tuple(group.tokens.T)]
+        out[tuple(group.tokens.T)] = left
+        for newline in group.newlines:
+            out[tuple(newline.place)] = bool(left[newline.members].any())
+    return out
+
+
+def entering(model: Any, inputs: Inputs, layer: int) -> Tensor:
+    """`[B, S, D]`, what the stock model's layer gets."""
+    seen = []
+
+    def see(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    hook = model.model.language_model.layers[layer].register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+def sinks_removed(
+    model: Any,
+    family: str,
+    inputs: Inputs,
+    layer: int = 2,
+    tau: float = 20.0,
+    dims: Any = None,
+    calibration: Any = None,
+    **others: Any,
+) -> dict[int, Tensor]:
+    """Visual tokens that are sinks at the input of a layer are gone from it on."""
+    depth = len(model.model.language_model.layers)
+    # where encoder features are added behind the first layers, not before the last of those
+    adds = len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
+    first = max(first_with_sinks(depth, layer), adds)
+    found = is_sink(entering(model, inputs, first), sinks_of(dims, tau, calibration))
+    return {first: columns(model, family, inputs, ~found)}
 
 
 def sinks_of(dims: Any, tau: float, calibration: Any = None) -> Sinks:
