@@ -36,7 +36,8 @@ class Signal:
 
     Args:
         name: what, e.g. `"cls_row"` (attention of [CLS] to the patches) or `"image_key"` (a number
-            made from the pixels of the group's image).
+            made from the pixels of the group's image) or `"llm_hidden"` (the input of one decoder
+            layer, `[G, N, D]`, to which the language model is run once more).
         blocks: encoder blocks, 0-based, as published for an encoder of `depth` blocks; they are
             scaled to the model at hand. Negative ones count from the end, like a Python slice,
             unscaled.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
@@ -129,7 +129,8 @@ class Method:
     @property
     def active_scorer(self) -> Scorer | None:
         """The scorer in use: the one given, else the published one."""
-        return self.scorer if isinstance(self.scorer, Scorer) else self.default_scorer()
+        own = self.default_scorer()
+        return self.scorer.around(own) if isinstance(self.scorer, Scorer) else own
 
     @property
     def active_selector(self) -> Selector:
@@ -176,7 +177,10 @@ class Method:
 
     def on(self, facts: Facts) -> Method:
         """The method as it decides on such a model: itself, unless it must know the model then."""
-        return self
+        if not isinstance(self.scorer, Scorer):
+            return self
+        scorer = self.scorer.on(facts)
+        return self if scorer is self.scorer else replace(self, scorer=scorer)
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
         """Raise `InputError` where it cannot decide over images of so many tokens."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from vtc.calibration.data import Calibration
 from vtc.errors import OptionError, VtcError
 from vtc.methods.base import Exactness, Method, Site
-from vtc.methods.sinks import PUBLISHED_DEPTH, first_layer, massive, sink_dims
 from vtc.plans import LayerRule
 from vtc.scorers import Scorer, SinkNorm
+from vtc.scorers.sinks import PUBLISHED_DEPTH, first_layer, massive, sink_dims
 from vtc.selectors import Count, Selector, TopK
 from vtc.sites import Facts, LayerView, RowView
 from vtc.types import Budget, Selection, Signal, Tokens, scale_layer
@@ -98,7 +98,8 @@ class SinkRemoval(Method):
         """With the language model's sink dimensions."""
         if self.dims is not None and not self.dims:
             return self
-        return replace(self, dims=sink_dims(self.dims, self.calibration, facts, self.name))
+        dims = sink_dims(self.dims, self.calibration, facts, self.name)
+        return replace(self, dims=dims)
 
     def llm_layers(self, facts: Facts, budget: Budget | None = None) -> tuple[int, ...]:
         """Layer index l − 1, or the first that can be cut after."""

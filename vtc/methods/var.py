@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from vtc.calibration.data import Calibration
 from vtc.errors import OptionError
 from vtc.methods.base import Exactness, Method, Site
-from vtc.methods.sinks import first_layer, massive, sink_dims
 from vtc.plans import LayerPlan, LayerRule, Redistribution
+from vtc.scorers.sinks import first_layer, massive, sink_dims
 from vtc.selectors import Count
 from vtc.sites import Facts, RowView
 from vtc.types import Budget, Tokens
@@ -81,7 +81,8 @@ class Var(Method):
         """With the language model's sink dimensions."""
         if self.dims is not None and not self.dims:
             return self
-        return replace(self, dims=sink_dims(self.dims, self.calibration, facts, self.name))
+        dims = sink_dims(self.dims, self.calibration, facts, self.name)
+        return replace(self, dims=dims)
 
     def rule_layers(self, facts: Facts) -> tuple[int, ...]:
         """Those in which sinks may show, if any can."""

@@ -254,6 +254,7 @@ class ForwardSeam:
         selection = pending.selection
         if selection is None:
             groups = gather_groups(pending.images, embeds)
+            self.session.prompt = (dict(kwargs), mask, positions)
             selection = self.session.decide(pending.images, groups, pending.inputs)
         self.session.note(pending.images, selection, pending.clock)
         if selection.is_identity and not self.session.acts_later:

@@ -124,7 +124,10 @@ class GenerateSeam:
         if pixels:
             selection = session.decide_before(images, inputs)
         else:
-            full = full_of(session.capture(images, inputs, clock))
+            captured = session.capture(images, inputs, clock)
+            full = full_of(captured)
+            known = turn.past is None
+            session.prompt = (captured, turn.mask, turn.position_ids) if known else None
             selection = session.decide(images, gather_groups(images, full.embeds), inputs)
         session.note(images, selection, clock)
         if selection.is_identity and not session.acts_later and turn.past is None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from vtc import ops
 from vtc.adapters.base import Encoder
 from vtc.errors import SignalError
+from vtc.runtime.layouts import PackedLayout, RowLayout
 from vtc.runtime.rows import Run
 from vtc.types import Signal
 
 _PIXELS = "image_key"
+# the input of a decoder layer, which the session gives
+LLM_HIDDEN = "llm_hidden"
 # what is computed in the place of a [CLS] row, where a method declares it
 STAND_INS = {
     "mean_query_row": "attention of the mean query",
@@ -28,7 +33,7 @@ class EncoderSignals:
         needs: the method's signals.
 
     Attributes:
-        stand_in: what is read instead of a [CLS] row, or None.
+        stand_in: what is read instead of [CLS] rows, or None.
 
     Raises:
         SignalError: the encoder cannot give one of them, or a block window is empty on its depth.
@@ -39,12 +44,12 @@ class EncoderSignals:
         self.windows = {
             s: s.resolve(encoder.depth, encoder.tap) for s in needs if s.name == "cls_row"
         }
-        if unknown := sorted({s.name for s in needs} - {"cls_row", _PIXELS}):
-            raise SignalError(
-                f"signal {unknown[0]!r} is unknown; expected 'cls_row' or {_PIXELS!r}"
-            )
+        known = ("cls_row", _PIXELS, LLM_HIDDEN)
+        if unknown := sorted({s.name for s in needs} - set(known)):
+            raise SignalError(f"signal {unknown[0]!r} is unknown; expected one of {known}")
         self.kinds = {s: self._kind(s) for s in self.windows}
-        self.stand_in = next((STAND_INS[k] for k in self.kinds.values() if k != "cls_row"), None)
+        stand_ins = [STAND_INS[k] for k in self.kinds.values() if k != "cls_row"]
+        self.stand_in = " and ".join(dict.fromkeys(stand_ins)) or None
         # by block and run: the rows `[R, U]` of each kind
         self._found: dict[tuple[int, str], list[Tensor]] = {}
         self._chunks: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
@@ -105,20 +110,49 @@ class EncoderSignals:
                     self._note(block, kind, run.by_unit(rows))
         self._chunks.clear()
 
+    def finish_block(self, block: int, layout: RowLayout | PackedLayout) -> None:
+        """A block of a tower that is being cut has run: turn what was seen into rows.
+
+        Attention is among the patches that are left; units that are gone get 0.
+        """
+        chunks = self._chunks.pop(block, None)
+        if chunks is None:
+            return
+        queries, keys = ([chunk[i].to(layout.device) for chunk in chunks] for i in (0, 1))
+        key, scale = layout.assembled(keys), chunks[0][2]
+        patches = layout.valid.repeat_interleave(layout.m, 1)
+        found = {}
+        if self._encoder.has_cls:
+            there = torch.cat([patches.new_ones(len(patches), 1), patches], 1)
+            found["cls_row"] = ops.attention_rows(queries[0], key, scale, there)[:, 0, 1:]
+        else:
+            query = layout.assembled(queries)
+            for kind in {k for s, k in self.kinds.items() if block in self.windows[s]}:
+                if kind != "random_row":
+                    found[kind] = getattr(ops, kind)(query, key, scale, patches)
+        for kind, rows in found.items():
+            self._note(block, kind, layout.spread(rows.unflatten(1, (-1, layout.m)).mean(-1)))
+
     def _note(self, block: int, kind: str, rows: Tensor) -> None:
         self._found.setdefault((block, kind), []).append(rows)
 
-    def read(self, runs: list[Run]) -> dict[str, list[Tensor]]:
+    def read(
+        self, runs: list[Run], needs: Iterable[Signal] | None = None
+    ) -> dict[str, list[Tensor]]:
         """By key, for each image and video `float32[L, N]` in LLM tokens.
+
+        Args:
+            runs: of the tower in this call.
+            needs: the signals that are read; None: all.
 
         Raises:
             SignalError: a block was not run in this call.
         """
         out = {}
-        for signal, window in self.windows.items():
-            kind = self.kinds[signal]
-            if kind == "random_row":
+        for signal in self.windows if needs is None else needs:
+            if (kind := self.kinds.get(signal, "random_row")) == "random_row":
                 continue
+            window = self.windows[signal]
             missing = [b for b in window if len(self._found.get((b, kind), [])) != len(runs)]
             if missing:
                 raise SignalError(

@@ -90,7 +90,7 @@ def next_turn(
         )
     if state is None:
         state = _uncompressed(session, ids, mask, behind)
-    if not session.cuts_layers and len(set(lengths := kv_lengths(kwargs["past_key_values"]))) > 1:
+    if not session.layers.cuts and len(set(lengths := kv_lengths(kwargs["past_key_values"]))) > 1:
         raise UnsupportedModeError(
             f"the cache's layers hold different numbers of entries, {min(lengths)} to "
             f"{max(lengths)}, expected one number: it was filled by a method that cuts between "

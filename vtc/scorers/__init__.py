@@ -7,11 +7,21 @@ from vtc.scorers.flow import Flow
 from vtc.scorers.layer_contribution import LayerContribution
 from vtc.scorers.overview import Overview
 from vtc.scorers.random_scores import RandomScores
+from vtc.scorers.sink_filter import SinkFilter
 from vtc.scorers.sink_norm import SinkNorm
 
 SCORERS: dict[str, type[Scorer]] = {
     s.name: s
-    for s in (ClsAttention, RandomScores, Center, Overview, Flow, LayerContribution, SinkNorm)
+    for s in (
+        ClsAttention,
+        RandomScores,
+        Center,
+        Overview,
+        Flow,
+        LayerContribution,
+        SinkNorm,
+        SinkFilter,
+    )
 }
 
 __all__ = [
@@ -23,5 +33,6 @@ __all__ = [
     "Overview",
     "RandomScores",
     "Scorer",
+    "SinkFilter",
     "SinkNorm",
 ]

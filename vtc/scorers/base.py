@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from vtc.sites import Facts
 from vtc.types import Signal, Tokens
 
 
@@ -22,6 +23,14 @@ class Scorer(ABC):
     def needs(self) -> tuple[Signal, ...]:
         """Signals read by `__call__`."""
         return ()
+
+    def on(self, facts: Facts) -> Scorer:
+        """The scorer as it scores on such a model: itself, unless it must know the model."""
+        return self
+
+    def around(self, own: Scorer | None) -> Scorer:
+        """The scorer in the place of a method's own: itself, unless it stands in front of that."""
+        return self
 
     @abstractmethod
     def __call__(self, tokens: Tokens) -> Tensor:

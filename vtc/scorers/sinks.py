@@ -1,4 +1,4 @@
-"""Where attention sinks show: what `sink_removal` and `var` have in common."""
+"""Where attention sinks show: what `sink_removal`, `var` and the filter have in common."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sink_dims(
         return calibration_of(calibration, facts, "sink_dims").sink_dims or ()
     if not given or min(given) < 0 or max(given) >= facts.llm_width:
         raise OptionError(
-            f"method {name!r} got dims={given}, expected at least one, each in "
+            f"{name!r} got dims={given}, expected at least one, each in "
             f"0..{facts.llm_width - 1}: this language model has that width"
         )
     return given
