@@ -33,6 +33,7 @@ class EncoderCuts:
         encoder: its tower.
         method: decides.
         blocks: the blocks after which it does.
+        behind: told of every block that has run and of the patches that it ran on.
 
     Attributes:
         lengths: for each block, the patches that went through it in the last call, over all rows;
@@ -42,26 +43,52 @@ class EncoderCuts:
     """
 
     def __init__(
-        self, adapter: Adapter, encoder: Encoder, method: Method, blocks: tuple[int, ...]
+        self,
+        adapter: Adapter,
+        encoder: Encoder,
+        method: Method,
+        blocks: tuple[int, ...],
+        behind: Callable[[int, RowLayout | PackedLayout], None],
     ) -> None:
         self.adapter, self.encoder, self.method = adapter, encoder, method
-        self.blocks = frozenset(blocks)
+        self.blocks, self._done = frozenset(blocks), behind
         self.lengths: list[int] = []
         self.survivors: dict[int, Tensor] = {}
         self.patches: dict[int, Tensor] = {}
         self._runs: list[Run] = []
         self._budget = Budget(None)
+        self._drawing: tuple[Tensor | None, int] = None, 0
         self._layout: RowLayout | PackedLayout | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
         self._carry: dict[str, Tensor] = {}
 
-    def attach(self, stack: ExitStack, runs: list[Run], budget: Budget) -> None:
-        """Put hooks and probes on the tower until `stack` closes."""
-        self._refuse(runs)
-        self.lengths = [0] * self.encoder.depth
+    def clear(self) -> None:
+        """Forget what an earlier call left."""
+        self.lengths = []
         self.survivors.clear()
         self.patches.clear()
-        self._runs, self._budget = list(runs), budget
+
+    def attach(
+        self,
+        stack: ExitStack,
+        runs: list[Run],
+        budget: Budget,
+        image_key: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Put hooks and probes on the tower until `stack` closes.
+
+        Args:
+            stack: closes behind the call.
+            runs: of the tower in this call.
+            budget: how much is kept.
+            image_key: `int64[G]`, a number made from the pixels of each image; None: not needed.
+            seed: for methods that draw.
+        """
+        self._refuse(runs)
+        self.clear()
+        self.lengths = [0] * self.encoder.depth
+        self._runs, self._budget, self._drawing = list(runs), budget, (image_key, seed)
         for b, (block, attention) in enumerate(
             zip(self.encoder.blocks, self.encoder.attentions, strict=True)
         ):
@@ -104,6 +131,7 @@ class EncoderCuts:
             hidden = self._layout.ordered(hidden)
         elif self._layout is not None:
             self._layout.follow(hidden.device)
+            self._done(block - 1, self._layout)
             if block - 1 in self.blocks:
                 hidden = self._decided(self._layout, block - 1, hidden)
         self._seen.clear()
@@ -139,6 +167,8 @@ class EncoderCuts:
             scale=scales[0],
             carry={name: x.to(hidden.device) for name, x in self._carry.items()},
             video=tuple(v.video for v in run.visuals),
+            image_key=_row_keys(run, self._drawing[0]),
+            seed=self._drawing[1],
         )
         with torch.no_grad():
             cut = self.method.encoder_cut(view, self._budget)
@@ -178,6 +208,7 @@ class EncoderCuts:
         self._seen.clear()
         if layout is None:
             return output
+        self._done(layout.last, layout)
         alive = layout.alive(self.encoder.tap)
         run = layout.run
         masks = layout.patch_masks(alive)
@@ -187,6 +218,14 @@ class EncoderCuts:
         if isinstance(layout, RowLayout):
             layout.restore_outputs(output)
         return output
+
+
+def _row_keys(run: Run, image_key: Tensor | None) -> Tensor | None:
+    """A number for each row: that of its image, and how many of its rows come before it."""
+    if image_key is None:
+        return None
+    before = torch.cat([torch.arange(int((run.image == i).sum())) for i in run.members])
+    return image_key[run.image] + before
 
 
 def _checkpoints(adapter: Adapter) -> bool:

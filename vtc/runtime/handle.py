@@ -184,7 +184,7 @@ class Handle:
         if (call := self._session.last) is None:
             return []
         inside = self.method.site in ("llm_layer", "llm_rows")
-        first = [] if inside and (call.later or call.plans) else [call.selection]
+        first = [] if inside and (call.later or call.plans) else [*call.earlier, call.selection]
         return first + [call.later[layer] for layer in sorted(call.later)]
 
     def report(self) -> Report:

@@ -158,6 +158,7 @@ class LayerRun:
             key=key[::copies, :, :held].repeat_interleave(heads, 1),
             value=value[::copies, :, :held].repeat_interleave(heads, 1),
             scale=scale,
+            newlines=stage.newlines,
             hidden=hidden[::copies, :entries].to(query.device),
         )
         before = self.stages[-1]  # wherever it lies

@@ -12,6 +12,7 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,7 @@ class LayerSeam:
         self._method = method
         self._cuts = tuple(sorted(set(layers)))
         self._budget_of = budget_of
+        self._drawing: tuple[Tensor | None, int] = None, 0
         _check(adapter, self._cuts)
         self._hooks: list[Any] = []
         self._wanted = False
@@ -144,6 +146,11 @@ class LayerSeam:
         self._decisions, self._lengths = [], ()
         self._expected = (placed, mask)
 
+    def draw_by(self, image_key: Tensor | None, seed: int) -> None:
+        """What methods that draw go by in the next prefill: `int64[G]`, a number made from the
+        pixels of each image, and the seed."""
+        self._drawing = image_key, seed
+
     def clear(self) -> None:
         """Forget a prefill that never came."""
         self._expected = None
@@ -189,6 +196,8 @@ class LayerSeam:
         return (given.pop("hidden_states"),), given
 
     def _decide(self, view: LayerView) -> Tensor:
+        image_key, seed = self._drawing
+        view = replace(view, image_key=image_key, seed=seed)
         with torch.no_grad():
             keep: Any = self._method.layer_cut(view, self._budget_of())
         wanted = tuple(view.valid.shape)

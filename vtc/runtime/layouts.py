@@ -37,6 +37,11 @@ class _Layout:
                 setattr(self, name, getattr(self, name).to(device))
             self.__dict__.pop("token_units", None)
 
+    @property
+    def last(self) -> int:
+        """The last block that was entered."""
+        return max(self._in_force)
+
     def entering(self, block: int) -> None:
         """Note what is left as the state within `block`."""
         self._in_force[block] = (self.index, self.valid)
@@ -69,6 +74,12 @@ class _Layout:
         alive = torch.zeros(len(index), self.full + 1, dtype=torch.bool, device=self.device)
         alive.scatter_(1, index.masked_fill(~valid, self.full), True)
         return alive[:, :-1]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Numbers `[R, U]` of the units that are left among all units, 0 for the others."""
+        out = values.new_zeros(len(values), self.full + 1)
+        index = self.index.masked_fill(~self.valid, self.full)
+        return out.scatter(1, index.to(values.device), values)[:, :-1]
 
     def patch_masks(self, alive: Tensor) -> list[Tensor]:
         """For each image, which of its original patches are left: `bool[t, h, w]` of its rows."""
@@ -163,8 +174,7 @@ class RowLayout(_Layout):
 
     def restore_outputs(self, output: Any) -> None:
         """Fill up the hidden states that the tower gives, in place."""
-        last = max(self._in_force)
-        output.last_hidden_state = self._filled(output.last_hidden_state, last)
+        output.last_hidden_state = self._filled(output.last_hidden_state, self.last)
         states = getattr(output, "hidden_states", None)
         if states is not None:
             # entry i is what block i − 1 gave; the first is what block 0 was given

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtc.adapters.base import Adapter
-from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError, VtcError
+from vtc.errors import (
+    InputError,
+    NeverCompressedError,
+    SignalError,
+    UnsupportedModeError,
+    VtcError,
+)
 from vtc.methods.base import Method
 from vtc.plans import LayerPlan, layers_as_tokens
 from vtc.runtime.clock import Clock
 from vtc.runtime.compaction import Policy, by_row, plan
 from vtc.runtime.images import Images, find_images
 from vtc.runtime.layers import LayerSeam
+from vtc.runtime.peek import layer_input
 from vtc.runtime.report import kv_bytes, kv_lengths
 from vtc.runtime.row_run import Expected
 from vtc.runtime.row_seam import RowSeam
@@ -34,9 +41,11 @@ from vtc.runtime.short import (
     placed_of,
     with_slots,
 )
+from vtc.runtime.signals import LLM_HIDDEN
 from vtc.runtime.tower import Tower, facts_of
 from vtc.scorers import RandomScores
-from vtc.types import Budget, Selection, Tokens
+from vtc.steps import decisions
+from vtc.types import Budget, Selection, Signal, Tokens
 
 
 @dataclass
@@ -44,6 +53,8 @@ class Call:
     """What is remembered of a call that had images.
 
     Attributes:
+        selection: what reached the language model.
+        earlier: what stages before the last one before it left, in order.
         later: what cuts between decoder layers left, by layer.
         encoder: what cuts inside the encoder left, in original patches.
         block_patches: patches through each block of the encoder; empty where none were cut.
@@ -60,6 +71,7 @@ class Call:
     kv_bytes: int | None = None
     kv_lengths: tuple[int, ...] = ()
     later: dict[int, Selection] = field(default_factory=dict)
+    earlier: tuple[Selection, ...] = ()
     encoder: Selection | None = None
     block_patches: tuple[int, ...] = ()
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -83,6 +95,8 @@ class Session:
 
     Attributes:
         last: the last call, or None if it had no images.
+        prompt: what the stock language model gets of the call under way, its mask and position ids;
+            None behind a cache.
     """
 
     def __init__(
@@ -102,6 +116,14 @@ class Session:
             adapter, self._plan(), method.rule_layers(facts), method.layer_rule, self.layers
         )
         self._hiding = ExitStack()
+        self._earlier: tuple[Selection, ...] = ()
+        if "encoder" in method.site and any(s.name == LLM_HIDDEN for s in method.needs):
+            raise SignalError(
+                f"method {method.name!r} chooses in the encoder by what the language model makes "
+                "of the tokens, expected a scorer that looks at the encoder: choose a method that "
+                "acts before the LLM"
+            )
+        self.prompt: tuple[dict[str, Any], Tensor, Tensor] | None = None
         self._image_key: Tensor | None = None
         self.last: Call | None = None
 
@@ -188,6 +210,7 @@ class Session:
         """Remember a decision as the last call's; None: everything was kept, nothing decided."""
         decided = selection if selection is not None else self._everything(images)
         self.last = Call(images, decided, clock, self.budget.keep)
+        self.last.earlier = () if selection is None else self._earlier
         if self.tower.cuts is not None and selection is not None:
             self.last.block_patches = tuple(self.tower.cuts.lengths)
             self.last.encoder = self.tower.patch_selection(images)
@@ -283,26 +306,47 @@ class Session:
 
     def keeps_all(self, images: Images) -> bool:
         """Whether the budget leaves every image whole, so that nothing has to run."""
-        return self.budget.keeps_all(images.lengths)
+        return all(step.keeps_all(images.lengths) for step in self.method.steps(self.budget))
 
     @contextmanager
     def recording(self, images: Images, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Within it, the encoder's runs over these images are read and cut."""
-        with self.tower.recording(images, inputs, self.budget):
+        self.method.check_lengths(images.lengths)
+        with self.tower.recording(images, inputs, self.budget, self.seed):
             yield
 
     def decide(self, images: Images, features: Tensor, inputs: Mapping[str, Any]) -> Selection:
-        """Run the method on padded groups of tokens `[G, N, D]`."""
-        if self.method.site == "encoder":
-            return self._survivors(images)
-        if self.method.site in ("llm_layer", "llm_rows"):
-            return self._everything(images)
+        """Run the method, step by step, on padded groups of tokens `[G, N, D]`."""
+        found = [self._survivors(images)] if self.tower.cutting(images, self.budget) else []
+        steps = [
+            step
+            for step in self.method.steps(self.budget)
+            if step.method.site in ("pixels", "llm_input") and not step.keeps_all(images.lengths)
+        ]
+        tokens_of = partial(self._tokens, images, features, inputs)
+        with torch.no_grad():
+            found += decisions(steps, tokens_of, found[-1] if found else None)
+        draws = any(signal.name == "image_key" for signal in self.method.needs)
+        self._image_key = self.tower.keys(images, inputs) if draws else None
+        self.layers.draw_by(self._image_key, self.seed)
+        self._earlier = tuple(found[:-1])
+        return found[-1] if found else self._everything(images)
+
+    def _tokens(
+        self,
+        images: Images,
+        features: Tensor,
+        inputs: Mapping[str, Any],
+        method: Method,
+        left: Selection | None,
+    ) -> Tokens:
+        """All tokens of each image, with what one method needs where this is left of them."""
         # the encoder of a model spread over devices may be elsewhere
-        signals = {key: x.to(features.device) for key, x in self.tower.read().items()}
-        drawn = self.tower.signals.draws
-        if drawn or any(s.name == "image_key" for s in self.method.needs):
-            pixels = self.adapter.pixels(inputs, list(images.visuals))
-            signals["image_key"] = torch.tensor([_key(p) for p in pixels])
+        read = self.tower.read(method.needs).items()
+        signals = {key: x.to(features.device) for key, x in read}
+        drawn = [signal for signal in self.tower.signals.draws if signal in method.needs]
+        if drawn or any(signal.name == "image_key" for signal in method.needs):
+            signals["image_key"] = self.tower.keys(images, inputs)
         tokens = Tokens(
             features=features,
             valid=images.to(features.device).valid,
@@ -315,15 +359,26 @@ class Session:
         )
         for signal in drawn:
             signals[signal.key] = RandomScores()(tokens)[:, None]
-        with torch.no_grad():
-            selection = self.method.select(tokens, self.budget)
-        if not isinstance(selection, Selection) or selection.lengths != images.lengths:
-            got = getattr(selection, "lengths", type(selection).__name__)
-            raise VtcError(
-                f"method {self.method.name!r} decided over {got}, expected a Selection over "
-                f"{images.lengths} tokens: return one for the groups given to select"
+        for signal in method.needs:
+            if signal.name == LLM_HIDDEN:
+                signals[signal.key] = self._llm_hidden(images, signal, left)
+        return tokens
+
+    def _llm_hidden(self, images: Images, signal: Signal, left: Selection | None) -> Tensor:
+        """The input of a decoder layer at the visual tokens, `[G, N, D]`, run on what is left."""
+        if self.prompt is None:
+            raise UnsupportedModeError(
+                f"method {self.method.name!r} looks into the language model before the prompt's "
+                "run, expected images in front of an empty cache: pass the whole conversation "
+                "without past_key_values"
             )
-        return selection
+        (layer,) = signal.resolve(self.tower.facts.llm_depth, self.tower.facts.llm_depth - 1)
+        given, mask, positions = self.prompt
+        if left is not None:
+            gone = images.valid & ~left.mask().cpu()
+            rows = images.rows[:, None].expand_as(images.columns)
+            mask = mask.index_put((rows[gone], images.columns[gone]), mask.new_zeros(()))
+        return gather_groups(images, layer_input(self.adapter, layer, given, mask, positions))
 
     def _survivors(self, images: Images) -> Selection:
         """The decision of cuts inside the encoder, once it has run."""
@@ -427,8 +482,3 @@ class Session:
         finally:
             hook.remove()
         raise InputError("the model never called its language model; expected a stock forward")
-
-
-def _key(pixels: Tensor) -> int:
-    """A number that depends on the picture alone, not on its place in a batch."""
-    return zlib.crc32(pixels.detach().float().cpu().contiguous().numpy().tobytes())

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapters.base import Adapter
 from vtc.errors import SignalError
-from vtc.methods.base import Method
+from vtc.methods.base import Method, Step
 from vtc.runtime.cuts import EncoderCuts
 from vtc.runtime.images import Images
 from vtc.runtime.probe import probed
 from vtc.runtime.rows import Run, runs_of
 from vtc.runtime.signals import EncoderSignals
 from vtc.sites import Facts
-from vtc.types import Budget, Selection
+from vtc.types import Budget, Selection, Signal
 
 
 def facts_of(adapter: Adapter) -> Facts:
@@ -62,6 +64,7 @@ class Tower:
         self.adapter, self.encoder = adapter, adapter.encoder()
         self.facts = facts_of(adapter)
         method.check_facts(self.facts)
+        self.method = method
         self.signals = EncoderSignals(self.encoder, method.needs)
         blocks = method.encoder_blocks(self.facts)
         if method.site == "encoder" and not blocks:
@@ -69,12 +72,18 @@ class Tower:
                 f"method {method.name!r} cuts inside the encoder and finds no block for it, "
                 f"expected more than the {self.facts.tap + 1} blocks up to the feature tap"
             )
-        self.cuts = EncoderCuts(adapter, self.encoder, method, blocks) if blocks else None
+        self.cuts: EncoderCuts | None = None
+        if blocks:
+            steps = method.steps(Budget(None))
+            cutter = next((s.method for s in steps if s.method.site == "encoder"), method)
+            behind = self.signals.finish_block
+            self.cuts = EncoderCuts(adapter, self.encoder, cutter, blocks, behind)
         self._runs: list[Run] = []
+        self._keys: tuple[Images, Tensor] | None = None
 
     @contextmanager
     def recording(
-        self, images: Images, inputs: Mapping[str, Any], budget: Budget
+        self, images: Images, inputs: Mapping[str, Any], budget: Budget, seed: int = 0
     ) -> Iterator[None]:
         """Within it, a call's runs of the tower leave their signals here and are cut."""
         self._runs = runs_of(self.adapter, self.encoder, images.visuals, inputs)
@@ -87,7 +96,11 @@ class Tower:
 
         with ExitStack() as stack:
             if self.cuts is not None:
-                self.cuts.attach(stack, self._runs, budget)
+                self.cuts.clear()
+                for step in self.cutting(images, budget):
+                    draws = any(s.name == "image_key" for s in step.method.needs)
+                    keys = self.keys(images, inputs) if draws else None
+                    self.cuts.attach(stack, self._runs, step.budget, keys, seed)
             for block in self.signals.blocks:
                 see = partial(self._see, block)
                 stack.enter_context(probed(self.encoder.attentions[block], see))
@@ -98,11 +111,24 @@ class Tower:
     def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         self.signals.see(block, query, key, scale)
 
-    def read(self) -> dict[str, Tensor]:
-        """The signals of the call by key: `float32[G, L, N]`, zeros on padding."""
+    def cutting(self, images: Images, budget: Budget) -> list[Step]:
+        """The step that cuts inside the encoder, unless it would cut nothing of these images."""
+        steps = self.method.steps(budget) if self.cuts is not None else ()
+        inside = [step for step in steps if step.method.site == "encoder"]
+        return [step for step in inside if not step.keeps_all(images.lengths)]
+
+    def keys(self, images: Images, inputs: Mapping[str, Any]) -> Tensor:
+        """A number made from the pixels of each image alone, `int64[G]` on the CPU."""
+        if self._keys is None or self._keys[0] is not images:
+            pixels = self.adapter.pixels(inputs, list(images.visuals))
+            self._keys = images, torch.tensor([_key(p) for p in pixels])
+        return self._keys[1]
+
+    def read(self, needs: tuple[Signal, ...] | None = None) -> dict[str, Tensor]:
+        """Signals of the call by key, these or all: `float32[G, L, N]`, zeros on padding."""
         return {
             key: pad_sequence([p.T for p in parts], batch_first=True).transpose(1, 2)
-            for key, parts in self.signals.read(self._runs).items()
+            for key, parts in self.signals.read(self._runs, needs).items()
         }
 
     def patch_selection(self, images: Images) -> Selection | None:
@@ -120,3 +146,7 @@ class Tower:
             return None
         parts = [self.cuts.survivors[i] for i in range(len(images.visuals))]
         return pad_sequence(parts, batch_first=True)
+
+
+def _key(pixels: Tensor) -> int:
+    return zlib.crc32(pixels.detach().float().cpu().contiguous().numpy().tobytes())
