@@ -2,6 +2,7 @@
 
 from vtc import errors
 from vtc.calibration import Calibration, calibrate
+from vtc.composition import compose
 from vtc.errors import VtcError
 from vtc.methods.base import Method
 from vtc.methods.registry import method, methods, register
@@ -19,6 +20,7 @@ __all__ = [
     "Tokens",
     "VtcError",
     "calibrate",
+    "compose",
     "errors",
     "method",
     "methods",

@@ -145,6 +145,11 @@ class Method:
             return ()
         return scorer.needs
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether it looks at how tokens lie in a grid, so that none may be gone before it."""
+        return self._composed and self.active_selector.needs_grid
+
     def check_keep(self, keep: float | int | None) -> Budget:
         """The budget for this method; raises `OptionError` where `keep` makes no sense for it."""
         if keep is None and self.count != "adaptive":

@@ -21,11 +21,13 @@ class Selector(ABC):
         name: what users write to swap a method's selector.
         uses_scores: whether it looks at scores; if not, none are computed.
         count: whether the counts are met exactly, are an upper bound, or are its own affair.
+        needs_grid: whether it looks at how tokens lie in a grid: then none may be gone before it.
     """
 
     name: ClassVar[str]
     uses_scores: ClassVar[bool] = True
     count: ClassVar[Count] = "exact"
+    needs_grid: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:

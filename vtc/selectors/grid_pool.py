@@ -74,6 +74,7 @@ class GridPool(Selector):
     name: ClassVar[str] = "grid_pool"
     uses_scores: ClassVar[bool] = False
     count: ClassVar[Count] = "at_most"
+    needs_grid: ClassVar[bool] = True
     overview: bool = False
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
