@@ -126,7 +126,7 @@ def massive_activation(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     """
     x = hidden.float()
     size = (x.square().mean(-1) + 1e-6).sqrt()
-    return x[..., list(dims)].abs().amax(-1) / size
+    return torch.stack([x[..., d] for d in dims], -1).abs().amax(-1) / size
 
 
 def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,8 @@ class Reread:
         heads: Tensor = self.rule.heads.to(query.device)  # type: ignore[union-attr]
         out = query.new_zeros(len(query), query.shape[2], query.shape[1], query.shape[3])
         if bool(heads.any()):
-            parts = (x[:, heads] for x in (query, key, value))
-            out[:, :, heads] = attended(*parts, seen, scale)
+            q, k, v = (x[:, heads] for x in (query, key, value))
+            out[:, :, heads] = attended(q, k, v, seen, scale)
         query, key, value = (x[:, ~heads] for x in (query, key, value))
         rows = _Rows(self.asking, query, out[:, :, ~heads], seen)
         if self.rule.renormalize:

@@ -64,10 +64,11 @@ class Sequence:
         self, visual: Tensor, mask: Tensor, cells: Tensor | None, places: Placed | Stage
     ) -> None:
         self.visual, self.mask, self._cells = visual, mask, cells
-        staged = isinstance(places, Stage)
-        self.columns = places.places if staged else places.columns
         self.valid = places.valid
-        self.parent = places.placed.parent if staged else places.parent
+        if isinstance(places, Stage):
+            self.columns, self.parent = places.places, places.placed.parent
+        else:
+            self.columns, self.parent = places.columns, places.parent
         self.split = Split.of(visual)
         self.empty = not self.split.visual.shape[1]
 

@@ -131,9 +131,10 @@ class ShortRows:
         self._hooks: list[Any] = []
         self._added: Tensor | None = None
         if ffn:
+            mlp: Any = self._layer.mlp
             self._hooks = [
-                self._layer.mlp.register_forward_pre_hook(self._before_ffn),
-                self._layer.mlp.register_forward_hook(self._behind_ffn),
+                mlp.register_forward_pre_hook(self._before_ffn),
+                mlp.register_forward_hook(self._behind_ffn),
             ]
 
     def __getattr__(self, name: str) -> Any:
