@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the file and the picture, print what was found."""
     given = args.model or FAMILIES[0]
     _check_source(args, given)
-    drawn = _picture(args.plot)
-    name = Path(given).name
+    name = Path(given).expanduser().resolve().name
     out = args.out or Path(f"vtc_calibration_{name}.json")
-    picture = (args.plot or out.with_suffix(".png")) if drawn else None
+    picture = (args.plot or out.with_suffix(".png")) if _draws(args.plot) else None
     models.quiet()
-    with replacing(out) as temporary:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(replacing(out))
+        drawn = None if picture is None else stack.enter_context(replacing(picture))
         loaded = load(models.name_of(args.model), args.device, dtype=args.dtype)
         samples = _samples(args, loaded.processor)
         found = calibrate(
@@ -37,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
         # a name that means the same on another machine
         found = replace(found, model=name if Path(given).is_dir() else given, source=samples.source)
         found.save(temporary)
-        if picture is not None:
-            _draw(found, picture)
+        if drawn is not None:
+            drawn.write_bytes(_drawn(found))
     written = {"out": str(out), "picture": None if picture is None else str(picture)}
     print(json.dumps(found.to_dict() | written, indent=2) if args.json else _page(found, written))
     return 0
@@ -70,7 +72,7 @@ def _samples(args: argparse.Namespace, processor: Any) -> Samples:
     return of_testbed(processor, args.samples)
 
 
-def _picture(plot: Path | None) -> bool:
+def _draws(plot: Path | None) -> bool:
     """Whether a picture can be drawn; one that was asked for must be."""
     if plot is not None and plot.suffix.lower() != ".png":
         raise InputError(f"--plot {str(plot)!r} ends in {plot.suffix!r}, expected .png: rename it")
@@ -86,11 +88,10 @@ def _picture(plot: Path | None) -> bool:
     return True
 
 
-def _draw(found: Calibration, path: Path) -> None:
+def _drawn(found: Calibration) -> bytes:
     from vtc.calibration.figure import picture
 
-    with replacing(path) as temporary:
-        temporary.write_bytes(picture(found))
+    return picture(found)
 
 
 def _page(found: Calibration, written: dict[str, str | None]) -> str:
