@@ -5,15 +5,16 @@ What a step sees is short; what it says is told in the original tokens of each i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vtc import ops
 from vtc.errors import OptionError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method, Step
-from vtc.types import Budget, Selection, Tokens
+from vtc.types import LLM_HIDDEN, Budget, Selection, Tokens
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def decisions(
         tokens, budget = tokens_of(step.method, before), step.budget
         if before is not None:
             budget = Remaining(budget.keep, tokens.lengths)
-            tokens = narrowed(tokens, before)
+            vectors = {need.key for need in step.method.needs if need.name == LLM_HIDDEN}
+            tokens = narrowed(tokens, before, vectors)
         selection = step.method.select(tokens, budget)
         if not isinstance(selection, Selection) or selection.lengths != tokens.lengths:
             got = getattr(selection, "lengths", type(selection).__name__)
@@ -84,11 +86,16 @@ def decisions(
     return found
 
 
-def narrowed(tokens: Tokens, left: Selection) -> Tokens:
+def narrowed(tokens: Tokens, left: Selection, vectors: Collection[str] = ()) -> Tokens:
     """The tokens that a selection left, moved together.
 
     A group that lost some is a row of tokens without a grid. Where nothing of the part that shows
     the whole picture is left, all does.
+
+    Args:
+        tokens: all of them.
+        left: over these.
+        vectors: the signals that are `[G, N, D]`; others may be `[G, ..., N]`.
     """
     keep, valid = (x.to(tokens.valid.device) for x in (left.keep, left.valid))
     counts, everything = left.valid.sum(-1).tolist(), tokens.lengths
@@ -98,31 +105,29 @@ def narrowed(tokens: Tokens, left: Selection) -> Tokens:
     parts = tokens.parts
     if parts is not None:
         parts = tuple((r,) if c else p for r, c, p in zip(rows, cut, parts, strict=True))
-    group = torch.arange(len(keep), device=keep.device)[:, None]
+    signals = dict(tokens.signals)
+    for name, x in signals.items():
+        if name in vectors:
+            signals[name] = ops.compact(x, keep.to(x.device), valid.to(x.device))
+        elif x.dim() > 1 and x.shape[-1] == tokens.valid.shape[1]:
+            signals[name] = _gathered(x, keep, valid)
     return replace(
         tokens,
-        features=tokens.features[group, keep].masked_fill(~valid[..., None], 0),
+        features=ops.compact(tokens.features, keep, valid),
         valid=valid,
         grid=grid,
         parts=parts,
-        signals=_gathered(tokens.signals, keep, valid, tokens.valid.shape[1]),
+        signals=signals,
         overview=None if tokens.overview is None else _ranges(tokens.overview, left),
         index=keep if tokens.index is None else tokens.index.gather(1, keep),
     )
 
 
-def _gathered(
-    signals: Mapping[str, Tensor], keep: Tensor, valid: Tensor, width: int
-) -> dict[str, Tensor]:
-    """Numbers of tokens `[G, ..., N]` as those of the ones that are left; others as they are."""
-    out = dict(signals)
-    for name, x in signals.items():
-        if x.dim() > 1 and x.shape[-1] == width:
-            shape = (len(keep), *[1] * (x.dim() - 2), keep.shape[1])
-            index, there = (p.to(x.device).view(shape) for p in (keep, valid))
-            index = index.expand(*x.shape[:-1], -1)
-            out[name] = x.gather(-1, index).masked_fill(~there, 0)
-    return out
+def _gathered(x: Tensor, keep: Tensor, valid: Tensor) -> Tensor:
+    """Numbers of tokens `[G, ..., N]` as those of the ones that are left, 0 on padding."""
+    shape = (len(keep), *[1] * (x.dim() - 2), keep.shape[1])
+    index, there = (part.to(x.device).view(shape) for part in (keep, valid))
+    return x.gather(-1, index.expand(*x.shape[:-1], -1)).masked_fill(~there, 0)
 
 
 def _ranges(ranges: tuple[tuple[int, int], ...], left: Selection) -> tuple[tuple[int, int], ...]:

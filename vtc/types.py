@@ -19,6 +19,9 @@ from torch import Tensor
 
 from vtc.errors import OptionError, SignalError
 
+# the name of the signal that is a vector for each token
+LLM_HIDDEN = "llm_hidden"
+
 
 def round_half_up(x: float) -> int:
     """The one rounding rule of the package: 0.5 goes up."""

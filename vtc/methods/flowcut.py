@@ -18,6 +18,9 @@ from vtc.selectors.shares import even_shares, roomy_shares
 from vtc.sites import BlockView, Cut, Facts, LayerView
 from vtc.types import Budget, Signal, Tokens
 
+# the signals that the views give
+_GIVEN = {"flow", "cls_row", "image_key"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowCut(Method):
@@ -97,7 +100,15 @@ class FlowCut(Method):
         return tuple(signal for signal in super().needs if signal.name == "image_key")
 
     def check_facts(self, facts: Facts) -> None:
-        """A block to cut after, and layers that profit from the cut in the LLM."""
+        """A block to cut after, layers that profit from the cut in the LLM, a scorer that fits."""
+        scorer = self.active_scorer
+        asked = {signal.name for signal in scorer.needs} if scorer else set()
+        if unknown := sorted(asked - _GIVEN):
+            raise SignalError(
+                f"method {self.name!r} got a scorer that needs {unknown[0]!r}, expected one that "
+                f"needs none but {', '.join(sorted(_GIVEN))}: nothing else is known between the "
+                "blocks of an encoder; choose a method that acts before the LLM"
+            )
         if facts.tap < 1:
             raise SignalError(
                 f"method {self.name!r} cuts between encoder blocks, expected features read after "

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from torch.nn import functional as F
 from vtc.adapters.base import Adapter
 from vtc.errors import (
     InputError,
-    NeverCompressedError,
-    SignalError,
     UnsupportedModeError,
     VtcError,
 )
@@ -25,9 +22,9 @@ from vtc.methods.base import Method
 from vtc.plans import LayerPlan, layers_as_tokens
 from vtc.runtime.clock import Clock
 from vtc.runtime.compaction import Policy, by_row, plan
+from vtc.runtime.deciding import decided
 from vtc.runtime.images import Images, find_images
 from vtc.runtime.layers import LayerSeam
-from vtc.runtime.peek import layer_input
 from vtc.runtime.report import kv_bytes, kv_lengths
 from vtc.runtime.row_run import Expected
 from vtc.runtime.row_seam import RowSeam
@@ -41,11 +38,8 @@ from vtc.runtime.short import (
     placed_of,
     with_slots,
 )
-from vtc.runtime.signals import LLM_HIDDEN
 from vtc.runtime.tower import Tower, facts_of
-from vtc.scorers import RandomScores
-from vtc.steps import decisions
-from vtc.types import Budget, Selection, Signal, Tokens
+from vtc.types import Budget, Selection
 
 
 @dataclass
@@ -117,12 +111,6 @@ class Session:
         )
         self._hiding = ExitStack()
         self._earlier: tuple[Selection, ...] = ()
-        if "encoder" in method.site and any(s.name == LLM_HIDDEN for s in method.needs):
-            raise SignalError(
-                f"method {method.name!r} chooses in the encoder by what the language model makes "
-                "of the tokens, expected a scorer that looks at the encoder: choose a method that "
-                "acts before the LLM"
-            )
         self.prompt: tuple[dict[str, Any], Tensor, Tensor] | None = None
         self._image_key: Tensor | None = None
         self.last: Call | None = None
@@ -317,78 +305,12 @@ class Session:
 
     def decide(self, images: Images, features: Tensor, inputs: Mapping[str, Any]) -> Selection:
         """Run the method, step by step, on padded groups of tokens `[G, N, D]`."""
-        found = [self._survivors(images)] if self.tower.cutting(images, self.budget) else []
-        steps = [
-            step
-            for step in self.method.steps(self.budget)
-            if step.method.site in ("pixels", "llm_input") and not step.keeps_all(images.lengths)
-        ]
-        tokens_of = partial(self._tokens, images, features, inputs)
-        with torch.no_grad():
-            found += decisions(steps, tokens_of, found[-1] if found else None)
+        found = decided(self, images, features, inputs)
         draws = any(signal.name == "image_key" for signal in self.method.needs)
         self._image_key = self.tower.keys(images, inputs) if draws else None
         self.layers.draw_by(self._image_key, self.seed)
         self._earlier = tuple(found[:-1])
         return found[-1] if found else self._everything(images)
-
-    def _tokens(
-        self,
-        images: Images,
-        features: Tensor,
-        inputs: Mapping[str, Any],
-        method: Method,
-        left: Selection | None,
-    ) -> Tokens:
-        """All tokens of each image, with what one method needs where this is left of them."""
-        # the encoder of a model spread over devices may be elsewhere
-        read = self.tower.read(method.needs).items()
-        signals = {key: x.to(features.device) for key, x in read}
-        drawn = [signal for signal in self.tower.signals.draws if signal in method.needs]
-        if drawn or any(signal.name == "image_key" for signal in method.needs):
-            signals["image_key"] = self.tower.keys(images, inputs)
-        tokens = Tokens(
-            features=features,
-            valid=images.to(features.device).valid,
-            grid=images.grids,
-            parent=images.parent,
-            signals=signals,
-            seed=self.seed,
-            parts=images.parts,
-            overview=images.overviews,
-        )
-        for signal in drawn:
-            signals[signal.key] = RandomScores()(tokens)[:, None]
-        for signal in method.needs:
-            if signal.name == LLM_HIDDEN:
-                signals[signal.key] = self._llm_hidden(images, signal, left)
-        return tokens
-
-    def _llm_hidden(self, images: Images, signal: Signal, left: Selection | None) -> Tensor:
-        """The input of a decoder layer at the visual tokens, `[G, N, D]`, run on what is left."""
-        if self.prompt is None:
-            raise UnsupportedModeError(
-                f"method {self.method.name!r} looks into the language model before the prompt's "
-                "run, expected images in front of an empty cache: pass the whole conversation "
-                "without past_key_values"
-            )
-        (layer,) = signal.resolve(self.tower.facts.llm_depth, self.tower.facts.llm_depth - 1)
-        given, mask, positions = self.prompt
-        if left is not None:
-            gone = images.valid & ~left.mask().cpu()
-            rows = images.rows[:, None].expand_as(images.columns)
-            mask = mask.index_put((rows[gone], images.columns[gone]), mask.new_zeros(()))
-        return gather_groups(images, layer_input(self.adapter, layer, given, mask, positions))
-
-    def _survivors(self, images: Images) -> Selection:
-        """The decision of cuts inside the encoder, once it has run."""
-        mask = self.tower.survivors(images)
-        if mask is None:
-            raise NeverCompressedError(
-                "images were given, but the encoder was not run on them in this call; pass "
-                "pixel_values, not features computed before"
-            )
-        return Selection.of_mask(mask, images.lengths, images.parent, images.grids, images.parts)
 
     def decide_before(self, images: Images, inputs: Mapping[str, Any]) -> Selection:
         """Run a method that acts on pixels: there are no tokens yet."""

@@ -12,11 +12,9 @@ from vtc.adapters.base import Encoder
 from vtc.errors import SignalError
 from vtc.runtime.layouts import PackedLayout, RowLayout
 from vtc.runtime.rows import Run
-from vtc.types import Signal
+from vtc.types import LLM_HIDDEN, Signal
 
 _PIXELS = "image_key"
-# the input of a decoder layer, which the session gives
-LLM_HIDDEN = "llm_hidden"
 # what is computed in the place of a [CLS] row, where a method declares it
 STAND_INS = {
     "mean_query_row": "attention of the mean query",
