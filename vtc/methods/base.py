@@ -102,10 +102,12 @@ class Method:
                 )
             return
         selector = self.active_selector
-        if self.selector is not None and selector.count != self.count:
+        # a method that counts by itself may tell its selector how many
+        wanted = self.default_selector().count if self.count == "adaptive" else self.count
+        if self.selector is not None and selector.count != wanted:
             raise OptionError(
                 f"method {self.name!r} got selector {selector.name!r}, which keeps "
-                f"{selector.count!r} of the budget, expected one that keeps {self.count!r}"
+                f"{selector.count!r} of the budget, expected one that keeps {wanted!r}"
             )
         if selector.uses_scores and self.active_scorer is None:
             raise OptionError(
