@@ -1,0 +1,1 @@
+"""Parts of `prefill_layers.py`."""
