@@ -80,9 +80,9 @@ class Composed(Method):
     count: ClassVar[Count] = "adaptive"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.stages:
             raise OptionError("compose got no stages, expected at least one: ('vtc_cls', 0.11)")
+        super().__post_init__()
         for step in self.stages:
             _check_kind(step.method)
         _check_order(self.stages)

@@ -90,7 +90,8 @@ class Method:
     @property
     def _composed(self) -> bool:
         """Whether a scorer and a selector decide, rather than a rule of the method's own."""
-        return self.site not in ("encoder", "llm_rows") and type(self).select is Method.select
+        chooses = self.site in ("pixels", "llm_input")
+        return chooses and type(self).select is Method.select
 
     def _check_parts(self) -> None:
         """Refuse a swapped scorer or selector that would be ignored or cannot work."""
