@@ -115,6 +115,28 @@ def test_a_nan_is_red(script: Any) -> None:
     assert not Parity(1.0, 2.0, 0.2, 0.1).green
 
 
+@pytest.mark.slow
+def test_the_large_models_are_those_of_the_published_orders(script: Any) -> None:
+    from prefill.providers import providers
+    from prefill.sizes import SIZES, build
+
+    first = {"llava-1.5-7b": [31, 29, 30, 28, 0, 26], "llava-next-7b": [31, 29, 30, 28, 26, 27]}
+    last = {"llava-1.5-7b": [12, 19, 1, 4, 5], "llava-next-7b": [0, 2, 1, 3, 4]}
+    counts = {"llava-1.5-7b": (576, 640), "llava-next-7b": (2880, 64 + 2880 + 48)}
+    for name, size in SIZES.items():
+        model = build(size, "meta", torch.bfloat16)
+        assert (size.visual, size.entries) == counts[name]
+        assert sum(p.numel() for p in model.model.language_model.parameters()) > 6.5e9
+        (skipping, *_) = [p for p in providers(model, size, False) if p.layers == 24]
+        places = skipping.options["calibration"].layer_contribution
+        order = sorted(range(32), key=lambda layer: places[layer])
+        assert order[:6] == first[name] and order[17:22] == last[name]
+        with skipping.on(model) as handle:
+            plan = handle._session.rows.plan
+        chosen = [layer for layer, active in enumerate(plan.active) if not active]
+        assert chosen == sorted(order[:24])
+
+
 def cell(method: str, keep: str, accuracy: float, **more: Any) -> dict[str, Any]:
     made = {"task": "t", "method": method, "options": {}, "label": method, "positions": "keep"}
     return {**made, "keep": keep, "accuracy": accuracy, **more}
