@@ -18,7 +18,7 @@ from vtc.runtime.layer_stage import Placed, Stage
 from vtc.runtime.probe import implementation, intercepted
 from vtc.runtime.reread import Reread, by_mask, visible_keys
 from vtc.runtime.row_state import RowState, behind
-from vtc.runtime.short_rows import FfnRows, ShortRows, Split
+from vtc.runtime.short_rows import FfnRows, ShortRows, Split, TextRows
 from vtc.sites import RowView
 
 
@@ -131,6 +131,7 @@ class RowRun:
         self._rows = self._more = 0
         self._sequences: list[tuple[Stage | None, Sequence]] = []
         self._lasting: dict[int, tuple[LayerRule, Tensor]] = {}
+        self._text: list[tuple[tuple[Sequence, Any, int, torch.device], TextRows]] = []
         self._short: ShortRows | None = None
         self.asking: tuple[Tensor, Tensor] | None = None
 
@@ -231,7 +232,9 @@ class RowRun:
                 stack.enter_context(intercepted(module.self_attn, reread.attend))
             return None
         held, rule = filled(given.get("past_key_values"), layer), self._rules[layer]
-        whole, visual = behind(self._state, layer, held, rule, sequence.visual)
+        whole, visual = rule, sequence.visual
+        if rule.rereads or self._state is not None:
+            whole, visual = behind(self._state, layer, held, rule, sequence.visual)
         if whole.lasts:
             self._lasting[layer] = (whole, visual)
         changed, short = None, not rule.attention and not sequence.empty
@@ -264,23 +267,35 @@ class RowRun:
         stack: ExitStack,
     ) -> dict[str, Any]:
         """Have the layer run on text rows alone."""
-        hidden, split = given["hidden_states"], self._here(sequence.split, given)
-        cache, queries = given.get("past_key_values"), hidden.shape[1]
-        keys = queries + filled(cache, module.self_attn.layer_idx)
-        visible = visible_keys(given.get("attention_mask"), queries, keys, hidden.device)
-        self._short = ShortRows(module, split, given, visible, ffn)
-        stack.callback(self._short.close)
-        self.asking = (split.text, split.text_valid)
-        changed = self._short.inputs
         kind = implementation(module.self_attn)
-        if kind == "eager":
-            seen = changed["attention_mask"]
-            lowest = torch.finfo(hidden.dtype).min
-            changed["attention_mask"] = hidden.new_zeros(seen.shape).masked_fill(~seen, lowest)
-        elif kind != "sdpa":
+        rows = self._text_rows(sequence, given, module.self_attn.layer_idx, kind == "eager")
+        self._short = ShortRows(module, rows, given, ffn)
+        stack.callback(self._short.close)
+        self.asking = (rows.split.text, rows.split.text_valid)
+        if kind not in ("eager", "sdpa"):
             # flash attention takes no such mask
             stack.enter_context(intercepted(module.self_attn, by_mask))
-        return changed
+        return self._short.inputs
+
+    def _text_rows(
+        self, sequence: Sequence, given: dict[str, Any], layer: int, additive: bool
+    ) -> TextRows:
+        """The same object for layers that see the same entries, keys and mask."""
+        hidden, mask = given["hidden_states"], given.get("attention_mask")
+        queries = hidden.shape[1]
+        keys = queries + filled(given.get("past_key_values"), layer)
+        for (known, known_mask, known_keys, device), rows in self._text:
+            same = known is sequence and known_mask is mask and known_keys == keys
+            if same and device == hidden.device:
+                return rows
+        rows = TextRows.of(
+            self._here(sequence.split, given),
+            visible_keys(mask, queries, keys, hidden.device),
+            given["position_embeddings"],
+            hidden.dtype if additive else None,
+        )
+        self._text.append(((sequence, mask, keys, hidden.device), rows))
+        return rows
 
     def leave(self, output: Any) -> Any:
         """The layer's output over all entries; None: as it is."""

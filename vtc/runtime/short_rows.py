@@ -29,6 +29,7 @@ class Split:
         visual_valid: `bool[B, V]`.
         order: `int64[B, L]`, where each entry is found in text rows followed by visual rows.
         is_visual: `bool[B, L]`.
+        even: whether all rows have as many of either, so that nothing is padding.
     """
 
     text: Tensor
@@ -37,6 +38,7 @@ class Split:
     visual_valid: Tensor
     order: Tensor
     is_visual: Tensor
+    even: bool
 
     @classmethod
     def of(cls, visual: Tensor) -> Split:
@@ -57,6 +59,7 @@ class Split:
             visual_valid=visual_valid,
             order=torch.where(visual, width + visual.long().cumsum(-1) - 1, ranks),
             is_visual=visual,
+            even=most == least,
         )
 
     def repeated(self, batch: int) -> Split:
@@ -69,19 +72,29 @@ class Split:
         return self if self.order.device == device else self._with(lambda x: x.to(device))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Split:
-        return Split(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Split(**{k: change(v) if isinstance(v, Tensor) else v for k, v in parts.items()})
 
     def texts(self, x: Tensor) -> Tensor:
         """The text rows `[B, T, ...]` of `x [B, L, ...]`, zeros on padding."""
-        return ops.compact(x, self.text, self.text_valid)
+        return self._taken(x, self.text, self.text_valid)
 
     def visuals(self, x: Tensor) -> Tensor:
         """The visual rows `[B, V, ...]` of `x [B, L, ...]`, zeros on padding."""
-        return ops.compact(x, self.visual, self.visual_valid)
+        return self._taken(x, self.visual, self.visual_valid)
+
+    def _taken(self, x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+        if not self.even:
+            return ops.compact(x, index, valid)
+        if len(x) == 1:
+            return x.index_select(1, index[0])
+        return x[torch.arange(len(x), device=x.device)[:, None], index]
 
     def joined(self, text: Tensor, visual: Tensor, dim: int = 1) -> Tensor:
         """Text rows and visual rows, along `dim`, as entries in their order."""
         both = torch.cat([text, visual.to(text.device)], dim)
+        if len(both) == 1:
+            return both.index_select(dim, self.order[0].to(both.device))
         shape = [1] * both.dim()
         shape[0], shape[dim] = self.order.shape
         index = self.order.to(both.device).view(shape)
@@ -96,34 +109,73 @@ class Split:
         return x.gather(-2, at.expand(*x.shape[:-3], *at.shape[:-1], x.shape[-1]))
 
 
+@dataclass(frozen=True, eq=False)
+class TextRows:
+    """What all layers that run on the text rows of one sequence have in common.
+
+    Attributes:
+        split: of the entries, on the layers' device, rows repeated for beams.
+        mask: what text rows see, `[k·B, 1, T, keys]`, as the attention implementation wants it.
+        keys: entries in the cache, and those of the run.
+        angles: cosines and sines of text rows.
+        visual_angles: the same of visual rows.
+    """
+
+    split: Split
+    mask: Tensor
+    keys: int
+    angles: tuple[Tensor, ...]
+    visual_angles: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, split: Split, visible: Tensor, angles: tuple[Tensor, ...], additive: torch.dtype | None
+    ) -> TextRows:
+        """Of one sequence.
+
+        Args:
+            split: of its entries.
+            visible: `bool[B or 1, 1, L, keys]`, which keys each entry may see.
+            angles: cosines and sines of all entries.
+            additive: the dtype of a mask to be added to logits; None: a mask of bool.
+        """
+        rows = visible.expand(len(split.order), -1, -1, -1)[:, 0]
+        seen = split.texts(rows)
+        # what a row that is padding sees does not matter, as long as it is something
+        seen = (seen | ~seen.any(-1, keepdim=True))[:, None]
+        if additive is not None:
+            lowest = torch.finfo(additive).min
+            zeros = torch.zeros(seen.shape, dtype=additive, device=seen.device)
+            seen = zeros.masked_fill(~seen, lowest)
+        return cls(
+            split=split,
+            mask=seen,
+            keys=visible.shape[-1],
+            angles=tuple(split.angles(x, split.text) for x in angles),
+            visual_angles=tuple(split.angles(x, split.visual) for x in angles),
+        )
+
+
 class ShortRows:
     """One run of one decoder layer on text rows.
 
     Args:
         layer: the decoder layer.
-        split: of its entries.
+        rows: of its entries.
         given: its inputs by name, over all entries.
-        visible: `bool[B, 1, L, T]`, which keys each entry may see.
         ffn: whether visual rows go through the feed-forward network.
     """
 
-    def __init__(
-        self, layer: nn.Module, split: Split, given: dict[str, Any], visible: Tensor, ffn: bool
-    ) -> None:
+    def __init__(self, layer: nn.Module, rows: TextRows, given: dict[str, Any], ffn: bool) -> None:
         self._layer: Any = layer
-        self._split = split
+        self._rows, self._split = rows, rows.split
         self._cache = given.get("past_key_values")
-        self._keys = visible.shape[-1]
         hidden: Tensor = given["hidden_states"]
-        self._visual = split.visuals(hidden)
-        angles = given["position_embeddings"]
-        self._visual_angles = tuple(split.angles(x, split.visual) for x in angles)
-        rows = visible.expand(len(hidden), -1, -1, -1)[:, 0]
-        seen = split.texts(rows) | ~split.text_valid[..., None]
+        self._visual = self._split.visuals(hidden)
         self.inputs: dict[str, Any] = {
-            "hidden_states": split.texts(hidden),
-            "attention_mask": seen[:, None],
-            "position_embeddings": tuple(split.angles(x, split.text) for x in angles),
+            "hidden_states": self._split.texts(hidden),
+            "attention_mask": rows.mask,
+            "position_embeddings": rows.angles,
             # rotary angles are all that is made of them
             "position_ids": None,
             "past_key_values": self,
@@ -148,7 +200,7 @@ class ShortRows:
         """Called by the layer's attention in the place of its cache's: keys and values `[B, H, T,
         d]` of text rows become those of all entries, behind what the cache holds."""
         normed = self._layer.input_layernorm(self._visual.to(key.device))
-        angles = tuple(x.to(key.device) for x in self._visual_angles)
+        angles = tuple(x.to(key.device) for x in self._rows.visual_angles)
         more = keys_and_values(self._layer.self_attn, normed, angles)
         key, value = (
             self._split.joined(text, visual, dim=2)
@@ -157,7 +209,7 @@ class ShortRows:
         if self._cache is not None:
             key, value = self._cache.update(key, value, *args, **kwargs)
         # a static cache gives all that is allocated
-        return key[:, :, : self._keys], value[:, :, : self._keys]
+        return key[:, :, : self._rows.keys], value[:, :, : self._rows.keys]
 
     def _before_ffn(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         (text,) = args
@@ -202,8 +254,8 @@ def keys_and_values(
     key = (key if norm is None else norm(key)).transpose(1, 2)
     value = module.v_proj(hidden).view(shape).transpose(1, 2)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    # it turns two at once; the other is given up
-    return rotate(key, key, *angles)[1], value
+    # it turns two at once; the other is one head, given up
+    return rotate(key[:, :1], key, *angles)[1], value
 
 
 class FfnRows:
