@@ -78,7 +78,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"mode": "mask", "calibration": "drawn", "tau": 1.7},
     ),
     "var": (
-        {"rho": 0.3, "p": 0.4, "least": 0.3, **SINKS},
+        {"rho": 0.3, "p": 0.4, "least": 0.45, **SINKS},
         {"rho": 0.2, "p": 0.6, "least": 0.5, "except_last": True, **SINKS},
     ),
 }

@@ -102,9 +102,10 @@ def shared_out(
     others = visual & ~sinks
     seen = (a * visual).sum(-1)
     portion = (a * own).sum(-1) / ((a + 1e-6) * visual).sum(-1)
-    done = own.any(-1) & (portion <= rule.rho) & (seen >= rule.least)
-    budget = (1 - rule.p) * (a * sinks).sum(-1, keepdim=True)
     theirs = a * others
+    # nobody to give to is nothing to give
+    done = own.any(-1) & (portion <= rule.rho) & (seen >= rule.least) & (theirs.sum(-1) > 0)
+    budget = (1 - rule.p) * (a * sinks).sum(-1, keepdim=True)
     raised = a + budget * theirs / theirs.sum(-1, keepdim=True)
     new = torch.where(sinks, a * rule.p, torch.where(others, raised, a))
     return torch.where(done[..., None], new, a), portion, seen, done
@@ -226,11 +227,11 @@ class _Layer:
             if pruned:
                 a = a * ~visual[:, None] * ~visual[:, at, None]
             if rule.var is not None:
-                a = self.redistributed(a, visual, at, rule.var)
+                a = self.redistributed(a, seen, visual, at, rule.var)
             out.append((a @ values).to(q.dtype))
         return attn.o_proj(torch.cat(out, -1))
 
-    def redistributed(self, a: Tensor, visual: Tensor, at: slice, var: Var) -> Tensor:
+    def redistributed(self, a: Tensor, seen: Tensor, visual: Tensor, at: slice, var: Var) -> Tensor:
         """In text rows behind the last visual token of their batch row."""
         assert self.sinks is not None
         batch, _, width = a.shape
@@ -239,7 +240,7 @@ class _Layer:
         later = torch.arange(width) >= self.prompt.visual.shape[1]
         behind = self.wide(self.prompt.behind, batch, width) | later
         rows = (behind & visual.any(-1, keepdim=True))[:, at]
-        new, portion, looked, done = shared_out(a, sinks, visual[:, None], var)
+        new, portion, looked, done = shared_out(a, sinks, visual[:, None] & seen, var)
         noted = self.record.rows.setdefault(self.index, [])
         what = portion[rows].tolist(), looked[rows].tolist(), done[rows].tolist()
         noted += zip(*what, strict=True)

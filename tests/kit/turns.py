@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from .fed import Fed, joined, text
 from .matrix import Decision, Spec, run_fed, statement
 from .models import PINPOINTS
 from .oracle import kept_columns, masked_from_layer, positions
+from .plain_methods import prompt_of
+from .plain_rows import Prompt, restated
 from .prompts import Inputs, Part, build_inputs, take_rows
 
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -104,6 +106,29 @@ def _later(
         yield
 
 
+def _placed(model: Any, family: str, part: Inputs) -> Prompt:
+    if pixels(part):
+        return prompt_of(model, family, part)
+    nothing = torch.zeros_like(part["input_ids"], dtype=torch.bool)
+    return Prompt(nothing, torch.full((*nothing.shape, 3), -1), nothing, nothing)
+
+
+def _conversation(a: Prompt, answer: Tensor, b: Prompt) -> Prompt:
+    """Where things stand in the whole; sinks are looked for in turns with pictures, and text is
+    behind the last visual token that there was when it was read."""
+    middle = torch.zeros_like(answer, dtype=torch.bool)
+    seen, again = (part.visual.any(-1, keepdim=True) for part in (a, b))
+    parts = a.cells.amax() + 1
+    cells = torch.where(b.visual[..., None], b.cells + parts * torch.tensor([1, 0, 0]), b.cells)
+    between = torch.full((*answer.shape, 3), -1)
+    return Prompt(
+        torch.cat([a.visual, middle, b.visual], 1),
+        torch.cat([a.cells, between, cells], 1),
+        torch.cat([a.written, middle, b.written], 1),
+        torch.cat([a.behind, seen | middle, b.behind | (seen & ~again)], 1),
+    )
+
+
 def in_one_piece(
     spec: Spec,
     family: str,
@@ -119,5 +144,10 @@ def in_one_piece(
     between = text(model, answer, torch.ones_like(answer))
     given = joined([a, between, b], positions(model, conversation))
     kept = torch.cat([kept_a, torch.ones_like(answer, dtype=torch.bool), kept_b], 1)
-    with _later(model, family, answer, turns):
+    placed = (_placed(model, family, part) for part in (first, second))
+    prompt = _conversation(next(placed), answer, next(placed))
+    with (
+        _later(model, family, answer, turns),
+        restated(model, prompt, spec.rules(family)) if spec.over_layers else nullcontext(),
+    ):
         return run_fed(model, given.masked(kept), **options)
