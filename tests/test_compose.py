@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -382,3 +384,12 @@ def test_stages_know_the_model() -> None:
     with pytest.raises(OptionError, match=r"expected at least one, each in 0\.\.1"):
         both.on(facts)
     assert isinstance(both.on(dataclasses.replace(FACTS, llm_width=8)).stages[0].method, VtcCls)
+
+
+def test_the_example_in_the_readme(llava: Any, make_inputs: Any, capsys: Any) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "compose" in b)
+    inputs = make_inputs([[3, None, 4]])
+    exec(block, {"vtc": vtc, "model": llava, "inputs": inputs})
+    # patches, tokens, and behind the second stage's cut in the LLM
+    assert capsys.readouterr().out == "[[18], [4], [4]]\n"

@@ -116,7 +116,8 @@ class EncoderSignals:
         chunks = self._chunks.pop(block, None)
         if chunks is None:
             return
-        queries, keys = ([chunk[i].to(layout.device) for chunk in chunks] for i in (0, 1))
+        queries = [query.to(layout.device) for query, _, _ in chunks]
+        keys = [key.to(layout.device) for _, key, _ in chunks]
         key, scale = layout.assembled(keys), chunks[0][2]
         patches = layout.valid.repeat_interleave(layout.m, 1)
         found = {}
