@@ -30,6 +30,7 @@ class Reread:
         asking: which queries are visual rows, as a split of the R; None: none is.
         near: `bool[B, 1, R, T]`, for visual rows the keys within the radius; None: no radius.
         behind: the queries behind the last visual key, as the text rows of a split; None: all.
+        held: keys before the first query's own; None: the queries' own keys are the last.
     """
 
     rule: LayerRule
@@ -37,6 +38,7 @@ class Reread:
     asking: Split | None = None
     near: Tensor | None = None
     behind: Split | None = None
+    held: int | None = None
 
     def attend(
         self,
@@ -49,7 +51,7 @@ class Reread:
     ) -> Tensor:
         """The output `[B, R, H, d]` in the place of stock's."""
         rule = self.rule
-        visible = visible_keys(mask, query.shape[2], key.shape[2], key.device)
+        visible = visible_keys(mask, query.shape[2], key.shape[2], key.device, self.held)
         visual = over_keys(self.visual, key)
         seen = self._seen(visible, key)
         groups = query.shape[1] // key.shape[1]
@@ -197,10 +199,21 @@ def by_mask(
     return attended(query, key, value, seen, scale)
 
 
-def visible_keys(mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
+def visible_keys(
+    mask: Tensor | None,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    held: int | None = None,
+) -> Tensor:
     """`bool[B or 1, 1, R, T]` from the mask that a layer is given: 4-D, of the keys alone as for
-    flash attention, or None."""
-    last = torch.arange(keys - queries, keys, device=device)
+    flash attention, or None.
+
+    None is causal. A static cache gives keys behind the queries' own, so that `held`, how many
+    keys are before them, has to be known then.
+    """
+    first = keys - queries if held is None else held
+    last = torch.arange(first, first + queries, device=device)
     causal = torch.arange(keys, device=device) <= last[:, None]
     if mask is None:
         return causal[None, None]

@@ -87,8 +87,13 @@ class Sequence:
         """The same among the text rows alone."""
         return Split.of(self.split.texts(self._before) | ~self.split.text_valid)
 
-    def near(self, radius: int, held: int) -> Tensor:
-        """`bool[B, 1, L, held + L]`: text, and visual keys of the same grid within the radius."""
+    def near(self, radius: int, visual: Tensor) -> Tensor:
+        """`bool[B, 1, L, held + L]`: text, and visual keys of the same grid within the radius.
+
+        Args:
+            radius: in rows and columns.
+            visual: `bool[B, held + L]`, all visual keys.
+        """
         if self._cells is None:
             raise VtcError(
                 "a radius was put in force in a call of a model whose plan has none, expected it "
@@ -97,8 +102,8 @@ class Sequence:
         grid, place = self._cells[..., 0], self._cells[..., 1:]
         apart = (place[:, :, None] - place[:, None]).abs().amax(-1)
         close = (grid[:, :, None] == grid[:, None]) & (apart <= radius)
-        near = close | ~self.visual[:, None]
-        return F.pad(near, (held, 0))[:, None]
+        near = F.pad(close, (visual.shape[1] - close.shape[1], 0))
+        return (near | ~visual[:, None])[:, None]
 
 
 class RowRun:
@@ -130,7 +135,7 @@ class RowRun:
         self._seed = 0
         self._rows = self._more = 0
         self._sequences: list[tuple[Stage | None, Sequence]] = []
-        self._lasting: dict[int, tuple[LayerRule, Tensor]] = {}
+        self._known: dict[int, tuple[LayerRule, Tensor]] = {}
         self._text: list[tuple[tuple[Sequence, Any, int, torch.device], TextRows]] = []
         self._short: ShortRows | None = None
         self.asking: tuple[Tensor, Tensor] | None = None
@@ -235,8 +240,8 @@ class RowRun:
         whole, visual = rule, sequence.visual
         if rule.rereads or self._state is not None:
             whole, visual = behind(self._state, layer, held, rule, sequence.visual)
-        if whole.lasts:
-            self._lasting[layer] = (whole, visual)
+        if whole.lasts or whole.radius is not None:
+            self._known[layer] = (whole, visual)
         changed, short = None, not rule.attention and not sequence.empty
         if short:
             changed = self._enter_short(module, sequence, given, rule.ffn, stack)
@@ -249,7 +254,8 @@ class RowRun:
                 rule=whole,
                 visual=visual,
                 asking=None if short else sequence.split,
-                near=None if radius is None else sequence.near(radius, held),
+                near=None if radius is None else sequence.near(radius, visual),
+                held=held,
                 behind=sequence.tail_of_text if short else sequence.tail,
             )
             stack.enter_context(intercepted(module.self_attn, reread.attend))
@@ -306,7 +312,8 @@ class RowRun:
         """What the cache is to remember."""
         rules = {} if self._state is None else dict(self._state.rules)
         visual = {} if self._state is None else dict(self._state.visual)
-        for layer, (rule, keys) in self._lasting.items():
-            rules[layer] = replace(rule, attention=True, ffn=True, radius=None)
+        for layer, (rule, keys) in self._known.items():
             visual[layer] = keys
+            if rule.lasts:
+                rules[layer] = replace(rule, attention=True, ffn=True, radius=None)
         return RowState(rules, visual, self._rows)

@@ -23,7 +23,8 @@ class RowState:
 
     Attributes:
         rules: by decoder layer; their `unread` and `sinks` are over the keys of that layer.
-        visual: by decoder layer, `bool[B, S]`, its visual keys.
+        visual: by decoder layer, `bool[B, S]`, its visual keys; of layers with a radius too, which
+            holds for visual rows alone.
         batch: B.
     """
 
@@ -43,7 +44,7 @@ class RowState:
 
 def remember(cache: Any, state: RowState | None) -> None:
     """Note a state on a cache, or forget the one that is there."""
-    if state is not None and state.rules:
+    if state is not None and state.visual:
         setattr(cache, _STATE, state)
     elif hasattr(cache, _STATE):
         delattr(cache, _STATE)
