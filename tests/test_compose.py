@@ -319,6 +319,13 @@ def test_stages_at_the_same_layer_see_what_is_left() -> None:
     assert made.llm_layers(FACTS) == (1, 2)
     assert made.layer_cut(view, Budget(None)).tolist() == [[True, True, False, False]]
     assert seen == [[4], [3]]
+
+    class Wrong(First):
+        def layer_cut(self, view: LayerView, budget: Budget) -> torch.Tensor:
+            return view.valid[:, :1]
+
+    with pytest.raises(vtc.VtcError, match=r"'Wrong' decided torch.bool of \(1, 1\) after decoder"):
+        vtc.compose(Wrong(), First()).on(FACTS).layer_cut(view, Budget(None))
     with pytest.raises(OptionError, match=r"of no model, expected on\(facts\) first"):
         vtc.compose(First()).layer_cut(view, Budget(None))
 

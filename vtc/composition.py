@@ -17,7 +17,7 @@ from vtc.methods.none import NoCompression
 from vtc.methods.registry import method as build_method
 from vtc.plans import LayerPlan, LayerRule
 from vtc.selectors import Count
-from vtc.sites import BlockView, Cut, Facts, LayerView, RowView
+from vtc.sites import BlockView, Cut, Facts, LayerView, RowView, checked_cut
 from vtc.steps import decisions
 from vtc.types import Budget, Selection, Signal, Tokens
 
@@ -198,7 +198,8 @@ class Composed(Method):
         for step in self.stages:
             layers = step.method.llm_layers(self._model, step.budget)
             if view.layer in layers and not step.keeps_all(view.tokens):
-                view = view.narrowed(step.method.layer_cut(view, step.budget))
+                keep = step.method.layer_cut(view, step.budget)
+                view = view.narrowed(checked_cut(step.method.name, view, keep))
         return view.valid
 
     def plan(self, layers: Tokens, facts: Facts, budget: Budget) -> LayerPlan:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from vtc.errors import VtcError
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,18 @@ class LayerView:
             visual=self.visual & there,
             newlines=newlines,
         )
+
+
+def checked_cut(name: str, view: LayerView, keep: Any) -> Tensor:
+    """What method `name` decided over `view`; raises `VtcError` where it is not `bool[G, N]`."""
+    wanted = tuple(view.valid.shape)
+    if isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == wanted:
+        return keep
+    got = f"{keep.dtype} of {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep)
+    raise VtcError(
+        f"method {name!r} decided {got} after decoder layer {view.layer}, expected a tensor of "
+        f"bool of {wanted}: return one for the groups given to layer_cut"
+    )
 
 
 @dataclass(frozen=True, eq=False)

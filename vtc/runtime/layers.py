@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from vtc.adapters.base import Adapter
-from vtc.errors import PatchError, SignalError, UnsupportedModeError, VtcError
+from vtc.errors import PatchError, SignalError, UnsupportedModeError
 from vtc.methods.base import Method
 from vtc.runtime.layer_cache import remembered
 from vtc.runtime.layer_run import LayerRun
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage
 from vtc.runtime.probe import probed
-from vtc.sites import LayerView
+from vtc.sites import LayerView, checked_cut
 from vtc.types import Budget
 
 
@@ -199,15 +199,8 @@ class LayerSeam:
         image_key, seed = self._drawing
         view = replace(view, image_key=image_key, seed=seed)
         with torch.no_grad():
-            keep: Any = self._method.layer_cut(view, self._budget_of())
-        wanted = tuple(view.valid.shape)
-        if isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == wanted:
-            return keep
-        got = f"{keep.dtype} of {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep)
-        raise VtcError(
-            f"method {self._method.name!r} decided {got} after decoder layer {view.layer}, "
-            f"expected a tensor of bool of {wanted}: return one for the groups given to layer_cut"
-        )
+            keep = self._method.layer_cut(view, self._budget_of())
+        return checked_cut(self._method.name, view, keep)
 
     def _after_language(self, module: nn.Module, args: Any, output: Any) -> Any:
         run = self._run
