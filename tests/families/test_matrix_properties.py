@@ -111,7 +111,9 @@ def test_same_seed_same_result_and_counts_as_asked(family: str, spec: Spec) -> N
             for kept, n in zip(rows_of(selection), sizes, strict=True):
                 assert kept == sorted(set(kept)) and all(0 <= i < n for i in kept)
         found = list(made.report.kept_tokens)
-        if kind.count == "exact" and spec.keep is not None:
+        if spec.over_layers and kind.count == "exact":
+            assert found == sizes, prompt
+        elif kind.count == "exact" and spec.keep is not None:
             assert found == [count(spec.keep, n) for n in sizes], prompt
         elif kind.count == "at_most":
             assert spec.keep is not None
