@@ -186,4 +186,7 @@ def _bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
     """All inputs by name."""
     if not args:
         return kwargs
+    if len(args) == 1 and "hidden_states" not in kwargs and hasattr(module, "self_attn"):
+        # as stock language models call their layers; a signature takes long to look up
+        return {"hidden_states": args[0], **kwargs}
     return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs  # noqa: B905

@@ -85,6 +85,8 @@ def behind(
         rule,
         unread=joined(None if before is None else before.unread, rule.unread),
         sinks=joined(None if before is None else before.sinks, rule.sinks),
+        # sinks of an earlier turn stay, also where this one's images have none
+        redistribution=rule.redistribution or (None if before is None else before.redistribution),
     )
     seen = joined(past, visual)
     return whole, visual if seen is None else seen

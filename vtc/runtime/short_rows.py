@@ -254,8 +254,8 @@ def keys_and_values(
     key = (key if norm is None else norm(key)).transpose(1, 2)
     value = module.v_proj(hidden).view(shape).transpose(1, 2)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    # it turns two at once; the other is one head, given up
-    return rotate(key[:, :1], key, *angles)[1], value
+    # it turns two at once; the other has no head
+    return rotate(key[:, :0], key, *angles)[1], value
 
 
 class FfnRows:
