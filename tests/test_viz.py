@@ -100,6 +100,27 @@ def test_score_map_is_brighter_where_scores_are_higher():
     assert torch.equal(light.argsort(), selection.scores[0].argsort())
 
 
+def test_sinks_are_in_color_and_brighter_the_more_layers_they_are_sinks_in():
+    h, w = 4, 5
+    counts = [0] * (h * w)
+    counts[3], counts[7], counts[12] = 1, 4, 2
+    drawn = viz.sink_map(
+        Image.new("RGB", (50, 40), (128, 128, 128)), selected("uniform", h, w), counts
+    )
+    colors = [c.reshape(-1, 3).mean(0) for c in cells(drawn, h, w)]
+    colored = [i for i, color in enumerate(colors) if np.ptp(color) > 1]
+    assert colored == [3, 7, 12]
+    assert colors[3].sum() < colors[12].sum() < colors[7].sum()
+
+
+def test_one_below_other_holds_every_picture_whole():
+    pictures = [Image.new("RGB", (50, 100), "red"), Image.new("RGB", (80, 80), "blue")]
+    sheet = np.asarray(viz.one_below_other(pictures, ["a", "b"]))
+    red, blue = ((sheet == color).all(-1) for color in ((255, 0, 0), (0, 0, 255)))
+    assert red.sum() == 50 * 100 and blue.sum() == 80 * 80
+    assert np.nonzero(red)[0].max() < np.nonzero(blue)[0].min()
+
+
 def test_each_frame_of_a_video_has_its_own_picture():
     selection, image = selected("random", 6, 6, t=3), picture(60, 60)
     frames = [viz.overlay(image, selection, frame=f).tobytes() for f in range(3)]
@@ -134,7 +155,9 @@ def test_side_by_side_holds_every_picture_whole():
         (lambda s: viz.overlay(picture(9, 9), s, group=-1), r"group=-1 .* expected 0\.\.0"),
         (lambda s: viz.overlay(picture(9, 9), s, frame=2), r"frame=2 .* expected 0\.\.0"),
         (lambda s: viz.score_map(picture(9, 9), s), r"no scores, expected one per token"),
+        (lambda s: viz.sink_map(picture(9, 9), s, [0, 1]), r"counts of 2 tokens .* expected 9"),
         (lambda s: viz.side_by_side([], []), r"got 0 pictures"),
+        (lambda s: viz.one_below_other([], []), r"got 0 pictures"),
         (lambda s: viz.side_by_side([picture(9, 9)], []), r"1 pictures and 0 titles"),
     ],
 )

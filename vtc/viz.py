@@ -1,7 +1,8 @@
 """Pictures of a decision: which tokens were kept, which were merged, and the scores behind it.
 
-Everything is drawn from a `Selection`. Cell (i, j) of a grid [h, w] covers rows [i·H/h, (i+1)·H/h)
-and columns [j·W/w, (j+1)·W/w) of a picture [H, W]: pass it as the model saw it (`as_seen`).
+What is drawn on a picture comes from a `Selection`; `layer_chart` draws a `LayerPlan`. Cell (i, j)
+of a grid [h, w] covers rows [i·H/h, (i+1)·H/h) and columns [j·W/w, (j+1)·W/w) of a picture [H, W]:
+pass it as the model saw it (`as_seen`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vtc.errors import InputError
+from vtc.layer_chart import layer_chart as layer_chart
 from vtc.types import Selection
 
 Box = Sequence[float]
@@ -97,6 +99,42 @@ def score_map(
     return _picture(((1 - _HEAT) * gray + _HEAT * color) * shade)
 
 
+def sink_map(
+    image: Image.Image,
+    selection: Selection,
+    counts: Sequence[int],
+    group: int = 0,
+    frame: int = 0,
+    part: int = -1,
+) -> Image.Image:
+    """The gray picture with the tokens that are sinks in color: yellow in most layers, dark in one.
+
+    Args:
+        image: the picture of the group, as the model saw it.
+        selection: whose tokens they are.
+        counts: for each of the group's tokens, in how many decoder layers it is one.
+        group: which of its groups.
+        frame: which frame of a video group.
+        part: which part of an image of several, as in `overlay`.
+
+    Raises:
+        InputError: no such group, part or frame, not one count per token, or no full grid.
+    """
+    tokens, grid = _tokens(selection, group, frame, part)
+    if len(counts) != selection.lengths[group]:
+        raise InputError(
+            f"got counts of {len(counts)} tokens for group {group}, expected "
+            f"{selection.lengths[group]}: one for each of its tokens"
+        )
+    shown = np.asarray(counts, dtype=np.float32)[tokens]
+    big, _ = _enlarged(image)
+    cells = _cells(big.size, grid)
+    gray = _gray(np.asarray(big, dtype=np.float32))
+    color = _viridis(shown / max(1, max(counts)))[cells]
+    pixels = np.where((shown > 0)[cells][..., None], (1 - _HEAT) * gray + _HEAT * color, gray)
+    return _picture(_with_lines(pixels.astype(np.float32), cells))
+
+
 def as_seen(image: Image.Image, processor: Any) -> Image.Image:
     """The picture that reaches the encoder: resized and cropped by the processor, not normalized.
 
@@ -122,11 +160,7 @@ def side_by_side(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.
     Raises:
         InputError: no picture, or not as many titles as pictures.
     """
-    if not images or len(images) != len(titles):
-        raise InputError(
-            f"got {len(images)} pictures and {len(titles)} titles, expected as many titles as "
-            f"pictures and at least one"
-        )
+    _check_titles(images, titles)
     gap, height = 16, max(image.height for image in images)
     size = max(14, height // 24)
     font, bar = ImageFont.load_default(size), 2 * size
@@ -140,6 +174,34 @@ def side_by_side(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.
         sheet.paste(picture.convert("RGB"), (x, bar))
         x += picture.width + gap
     return sheet
+
+
+def one_below_other(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """One column of pictures on white, each under its title, in their own sizes.
+
+    Raises:
+        InputError: no picture, or not as many titles as pictures.
+    """
+    _check_titles(images, titles)
+    gap, size = 16, 18
+    font = ImageFont.load_default(size)
+    width = max(image.width for image in images) + 2 * gap
+    sheet = Image.new("RGB", (width, gap + sum(i.height + 2 * size + gap for i in images)), "white")
+    draw, y = ImageDraw.Draw(sheet), gap // 2
+    for picture, title in zip(images, titles, strict=True):
+        draw.text((width / 2, y + size), title, fill="black", font=font, anchor="mm")
+        y += 2 * size
+        sheet.paste(picture.convert("RGB"), ((width - picture.width) // 2, y))
+        y += picture.height + gap
+    return sheet
+
+
+def _check_titles(images: Sequence[Image.Image], titles: Sequence[str]) -> None:
+    if not images or len(images) != len(titles):
+        raise InputError(
+            f"got {len(images)} pictures and {len(titles)} titles, expected as many titles as "
+            f"pictures and at least one"
+        )
 
 
 def last_left(selections: Sequence[Selection]) -> Selection:

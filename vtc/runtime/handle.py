@@ -180,12 +180,21 @@ class Handle:
 
     @property
     def token_selections(self) -> list[Selection]:
-        """`selections` in LLM tokens throughout: for pictures and evidence."""
+        """`selections` in LLM tokens throughout."""
         if (call := self._session.last) is None:
             return []
         inside = self.method.site in ("llm_layer", "llm_rows")
-        first = [] if inside and (call.later or call.plans) else [*call.earlier, call.selection]
-        return first + [call.later[layer] for layer in sorted(call.later)]
+        left = self.remaining
+        return [*call.earlier, *(left[1:] if inside and (call.later or call.plans) else left)]
+
+    @property
+    def remaining(self) -> list[Selection]:
+        """What was left of the last call's images, in LLM tokens: where the LLM begins, which is
+        everything for a method that acts in it, then behind each of its cuts. Empty if there were
+        no images."""
+        if (call := self._session.last) is None:
+            return []
+        return [call.selection, *(call.later[layer] for layer in sorted(call.later))]
 
     def report(self) -> Report:
         """What the last call kept and cost.
@@ -196,10 +205,17 @@ class Handle:
         return report_of(self._session, self._last(), self._positions, self._kernels)
 
     def plot(self, image: Image.Image, group: int = 0) -> Image.Image:
-        """The picture with what the last call kept of it; `group` counts the images of the call."""
-        from vtc import viz
+        """The picture with what the last call kept of it; `group` counts the images of the call.
 
-        return viz.overlay(image, viz.last_left(self.token_selections), group=group)
+        What decoder layers do with it stands below, and tokens that were found to be attention
+        sinks are drawn in color where all are kept.
+
+        Raises:
+            PatchError: there was no call with images.
+        """
+        from vtc.runtime.pictures import picture
+
+        return picture(self._last(), self.remaining, image, group)
 
 
 def patch(

@@ -94,7 +94,8 @@ class RowSeam:
             return
         self._hooks = [
             self._model.register_forward_pre_hook(self._before_language, with_kwargs=True),
-            self._model.register_forward_hook(self._after_language, always_call=True),
+            # before the report of a direct forward asks for the plan
+            self._model.register_forward_hook(self._after_language, prepend=True, always_call=True),
         ]
 
     def detach(self) -> None:
