@@ -42,7 +42,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if encoder:
         cls = "with" if encoder.has_cls else "without"
-        print(f"reads: blocks of this {encoder.depth}-block encoder {cls} [CLS], counted from 0")
+        print(
+            f"reads: blocks of this {encoder.depth}-block encoder {cls} [CLS] and decoder layers, "
+            "counted from 0"
+        )
+        for row in rows:
+            if row["needs"]:
+                print(f"{row['method']} needs a calibration: {row['needs']}")
     return 0
 
 
@@ -69,11 +75,8 @@ def _describe(method: Method, adapter: Any) -> dict[str, Any]:
         "options": {name: value for name, value in options.items() if value is not None},
     }
     if adapter is not None:
-        row["reads"] = _reads(method, adapter)
+        found = support.support(method, adapter)
+        notes = [note for note in found.notes if note != support.NEEDS]
+        row["reads"] = "; ".join([str(found), *notes])
+        row["needs"] = found.needs
     return row
-
-
-def _reads(method: Method, adapter: Any) -> str:
-    """The encoder blocks that a method's signals resolve to, or why it cannot run."""
-    found = support.support(method, adapter)
-    return str(found) + "".join(f"; {note}" for note in found.notes)

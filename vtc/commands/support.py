@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,9 +17,18 @@ import torch
 import vtc
 from vtc.adapters.base import Adapter, Visual
 from vtc.adapters.registry import ADAPTERS
+from vtc.calibration import Calibration
 from vtc.errors import VtcError
 from vtc.methods.base import Method
+from vtc.plans import LayerPlan
+from vtc.runtime.tower import facts_of
+from vtc.sites import Facts
 from vtc.types import Budget
+
+# the budget at which methods with one are shown
+KEEP = 0.5
+NOWHERE = "nowhere: the calibration found no sinks in this model"
+NEEDS = "needs a calibration: none is published for it, see `vtc calibrate`"
 
 SITES = {
     "pixels": "before the encoder",
@@ -39,12 +51,16 @@ class Support:
     Attributes:
         where: where it acts on the family's default configuration; empty where it is refused.
         refused: why, if it is.
-        notes: kinds of input that it refuses there, and why; what stands in for a [CLS].
+        notes: kinds of input that it refuses there, and why; what stands in for a [CLS]; that a
+            calibration is needed.
+        needs: what `vtc.patch` says while it has no calibration; empty where it needs none, or has
+            a published one or the file beside the model's weights.
     """
 
     where: str
     refused: str = ""
     notes: tuple[str, ...] = ()
+    needs: str = ""
 
     def __str__(self) -> str:
         return self.where if not self.refused else f"refused: {self.refused}"
@@ -70,31 +86,109 @@ def skeletons() -> tuple[Adapter, ...]:
 
 def support(method: Method, adapter: Adapter) -> Support:
     """What the runtime says to the method on this model."""
-    from vtc.runtime.layers import LayerSeam
-    from vtc.runtime.tower import Tower
-
+    needs = ""
     try:
-        tower = Tower(adapter, method)
-        later = method.llm_layers(tower.facts, _some_budget(method))
-        LayerSeam(adapter, method, later, lambda: _some_budget(method))
+        session = _session(method, adapter)
     except VtcError as error:
-        return Support("", str(error))
-    where = [SITES[method.site]]
-    if blocks := tower.signals.blocks:
-        where[0] += f" (reads {_span(blocks)} of {tower.facts.encoder_depth} blocks)"
-    if tower.cuts is not None:
-        where[0] += f" (blocks {_span(tuple(sorted(tower.cuts.blocks)))})"
-    where += [f"after decoder layer {layer} of {tower.facts.llm_depth}" for layer in later]
-    if method.site == "llm_layer":
-        where = where[1:]
-    notes = [] if (name := tower.signals.stand_in) is None else [f"{name} for [CLS]"]
+        if (calibrated := _calibrated(method, facts_of(adapter))) is None:
+            return Support("", str(error))
+        needs = str(error)
+        try:
+            # what is refused with any calibration is refused for another reason
+            session = _session(calibrated, adapter)
+        except VtcError as refused:
+            return Support("", str(refused))
+    tower, notes = session.tower, list[str]()
+    if (name := tower.signals.stand_in) is not None:
+        notes.append(f"{name} for [CLS]")
     if tower.cuts is not None:
         notes += [f"{kind} refused: {why}" for kind, why in _blended(adapter)]
-    return Support(", then ".join(where), notes=tuple(notes))
+    if needs:
+        notes.append(NEEDS)
+    return Support(_where(method, session, bool(needs)), notes=tuple(notes), needs=needs)
+
+
+def _session(method: Method, adapter: Adapter) -> Any:
+    from vtc.runtime.session import Session
+
+    return Session(adapter, method, _some_budget(method), "keep", 0)
 
 
 def _some_budget(method: Method) -> Budget:
-    return Budget(None if method.count == "adaptive" else 0.5)
+    return Budget(None if method.count == "adaptive" else KEEP)
+
+
+def _calibrated(method: Method, facts: Facts) -> Method | None:
+    """The method with a calibration of made-up numbers that fits the model; None: it takes none."""
+    if "calibration" not in {option.name for option in dataclasses.fields(method)}:
+        return None
+    heads = ((1.0,) * facts.llm_heads,) * facts.llm_depth
+    layers = tuple(map(float, range(facts.llm_depth)))
+    found = Calibration(layer_contribution=layers, sink_dims=(0,), head_ratio=heads)
+    return dataclasses.replace(method, calibration=found)  # type: ignore[call-arg]
+
+
+def _where(method: Method, session: Any, made_up: bool) -> str:
+    """Where it acts, in words; `made_up`: what a calibration decides is not known."""
+    facts, tower = session.tower.facts, session.tower
+    first = SITES[method.site]
+    if blocks := tower.signals.blocks:
+        first += f" (reads {_span(blocks)} of {facts.encoder_depth} blocks)"
+    if tower.cuts is not None:
+        first += f" (blocks {_span(tuple(sorted(tower.cuts.blocks)))})"
+    if method.site == "llm_rows":
+        first = _rows(method, session, made_up)
+    later = session.method.llm_layers(facts, session.budget)
+    where = [] if method.site == "llm_layer" else [first]
+    where += [f"after decoder layer {layer} of {facts.llm_depth}" for layer in later]
+    return ", then ".join(where) or NOWHERE
+
+
+def _rows(method: Method, session: Any, made_up: bool) -> str:
+    """What visual rows do in which layers."""
+    depth = session.tower.facts.llm_depth
+    at = f" at keep={KEEP}" if method.count != "adaptive" else ""
+    looks = session.method.rule_layers(session.tower.facts)
+    if made_up and not looks:
+        return f"{SITES['llm_rows']}, by calibration"
+    found = plan_words(session.rows.plan)
+    if looks:
+        found.append(f"sinks looked for in {_ranges(looks)}")
+    if not found:
+        return NOWHERE
+    return f"visual rows: {', '.join(found)} of {depth}{at}"
+
+
+def plan_words(plan: LayerPlan) -> list[str]:
+    """What a plan says about layers, for example `frozen in layers 2, 5–7`."""
+    found: dict[str, list[int]] = {}
+    for layer, rule in enumerate(plan.rules):
+        if not rule.active:
+            both = not (rule.attention or rule.ffn)
+            said = "frozen" if both else "no FFN" if rule.attention else "no attention"
+            found.setdefault(said, []).append(layer)
+        if rule.radius is not None:
+            said = f"neighbors at most {rule.radius} away"
+            found.setdefault(said, []).append(layer)
+        if rule.heads is not None and not bool(rule.heads.all()):
+            found.setdefault("not read by all heads", []).append(layer)
+    return [f"{said} in {_ranges(layers)}" for said, layers in found.items()]
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    """Ascending numbers in words: `layers 0, 2, 5–7`, `layers 2, 4, …, 30`."""
+    found = list(layers)
+    steps = {b - a for a, b in itertools.pairwise(found)}
+    if len(found) > 3 and len(steps) == 1 and steps != {1}:
+        return f"layers {found[0]}, {found[1]}, …, {found[-1]}"
+    runs: list[list[int]] = []
+    for layer in found:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    said = ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+    return f"layer {said}" if len(found) == 1 else f"layers {said}"
 
 
 def _span(blocks: tuple[int, ...]) -> str:
@@ -147,7 +241,9 @@ def markdown() -> str:
         "",
         "## Where each acts",
         "",
-        "Layers are those of each family's default configuration.",
+        f"Layers are those of each family's default configuration, and at keep={KEEP} where the "
+        "budget decides which. Where a method needs numbers about the language model, they are the "
+        "published ones if that configuration is a published model's.",
         "",
     ]
     names, notes = family_names(), list[str]()
