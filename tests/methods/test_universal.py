@@ -14,18 +14,38 @@ from hypothesis import strategies as st
 
 import vtc
 from tests.methods.views import Rows, run_encoder
+from vtc.plans import layers_as_tokens
 from vtc.sites import Facts
 from vtc.types import Budget, Tokens
 
 METHODS = list(vtc.methods())
 IN_ENCODER = [name for name in METHODS if vtc.method(name).site == "encoder"]
-CHOOSING = [name for name in METHODS if name not in IN_ENCODER]
+IN_LAYERS = [name for name in METHODS if vtc.method(name).site in ("llm_layer", "llm_rows")]
+CHOOSING = [name for name in METHODS if name not in IN_ENCODER + IN_LAYERS]
 KEEPS = [0.11, 0.5, 7, 1]
-TINY = Facts(6, 4, True, 1, False, 4)  # the tiny LLaVA
+# the tiny LLaVA
+TINY = Facts(6, 4, True, 1, False, 4, llm_heads=2, llm_width=64, llm_kind="llama")
+CALIBRATED = vtc.calibration.Calibration(
+    layer_contribution=(0.3, 0.1, 0.4, 0.2), sink_dims=(3, 17), head_ratio=((0.1, 0.2),) * 4
+)
+# what methods need to be told of a model that nobody knows
+OPTIONS: dict[str, dict[str, Any]] = {
+    "naavit": {"calibration": CALIBRATED},
+    "shortv": {"calibration": CALIBRATED},
+    "yopo": {"calibration": CALIBRATED},
+    "sink_removal": {"calibration": CALIBRATED, "tau": 2.0},
+    "var": {"calibration": CALIBRATED, "tau": 2.0},
+}
+
+
+def built(name: str) -> vtc.Method:
+    return vtc.method(name, **OPTIONS.get(name, {}))
 
 
 def keeps_of(name: str) -> list[Any]:
-    return [None] if name == "none" or vtc.method(name).count == "adaptive" else KEEPS
+    if name == "none" or vtc.method(name).count == "adaptive":
+        return [None]
+    return [0.5, 0.11, 1.0] if name in IN_LAYERS else KEEPS
 
 
 @st.composite
@@ -176,6 +196,26 @@ def test_in_the_encoder_a_row_decides_as_it_would_alone(
         assert [units for (units,) in got] == [units[r] for units in together]
 
 
+@pytest.mark.parametrize("name", IN_LAYERS)
+def test_in_the_llm_a_plan_has_a_rule_for_every_layer(name: str) -> None:
+    """The share of layers that was asked for does everything; the same seed says the same."""
+    for keep in keeps_of(name):
+        method = built(name).on(TINY)
+        budget = method.check_keep(keep)
+        plan, again = (method.plan(layers_as_tokens(4, 0), TINY, budget) for _ in range(2))
+        assert len(plan.rules) == 4 and plan.active == again.active
+        if name in ("naavit", "shortv"):
+            assert sum(plan.active) == budget.count(4)
+        for layer in (*method.rule_layers(TINY), *method.llm_layers(TINY, budget)):
+            assert 0 <= layer < 4
+
+
+@pytest.mark.parametrize("name", IN_LAYERS)
+def test_in_the_llm_keep_is_no_number_of_tokens(name: str) -> None:
+    with pytest.raises(vtc.VtcError, match="keep"):
+        built(name).check_keep(7)
+
+
 def test_random_depends_on_seed_and_picture() -> None:
     tokens = build_tokens([(1, 6, 6), (1, 6, 6)], 1)
     method, budget = vtc.method("random"), Budget.of(9)
@@ -208,7 +248,7 @@ def test_public_facts_are_declared(name: str) -> None:
     method = vtc.method(name)
     assert method.name == name
     assert method.summary and "\n" not in method.summary
-    assert method.site in ("pixels", "encoder", "llm_input", "llm_layer")
+    assert method.site in ("pixels", "encoder", "llm_input", "llm_layer", "llm_rows")
     assert method.bibtex.startswith("@") or method.summary.startswith("baseline")
     assert method.count in ("exact", "at_most", "adaptive")
     assert method.exactness in ("mask", "layer_mask", "restatement")
@@ -225,11 +265,12 @@ def test_every_position_policy_runs_and_batch_rows_equal_rows_alone(
     rows = [[4, None, 5], [2, None, None, 9], [7]]
     batch = make_inputs(rows)
     pixels, start = batch["pixel_values"], 0
-    with vtc.patch(llava, name, keeps_of(name)[0], positions=positions) as handle:
+    with vtc.patch(llava, built(name), keeps_of(name)[0], positions=positions) as handle:
         together = llava.generate(**batch, max_new_tokens=5, do_sample=False, suppress_tokens=[90])[
             :, -5:
         ]
-        assert len(handle.selections) == 1 + len(vtc.method(name).llm_layers(TINY))
+        layers = handle.method.llm_layers(TINY, Budget.of(keeps_of(name)[0]))
+        assert len(handle.selections) == (name not in IN_LAYERS) + len(layers)
         for b, row in enumerate(rows):
             width, images = int(batch["attention_mask"][b].sum()), row.count(None)
             alone = {
@@ -285,7 +326,7 @@ def test_position_ids(llava: Any, make_inputs: Any, name: str, positions: str) -
         seen.append(kwargs["position_ids"])
 
     llava.model.language_model.register_forward_pre_hook(see, with_kwargs=True)
-    with vtc.patch(llava, name, keeps_of(name)[0], positions=positions) as handle:
+    with vtc.patch(llava, built(name), keeps_of(name)[0], positions=positions) as handle:
         llava.generate(**make_inputs(rows), max_new_tokens=1, do_sample=False)
     policy = vtc.method(name).published_positions if positions == "published" else positions
     image = 0
@@ -294,7 +335,13 @@ def test_position_ids(llava: Any, make_inputs: Any, name: str, positions: str) -
         column = 0
         for part in row:
             if part is None:
-                found = image_positions(handle.selections[0], image, policy)
+                # what acts between or in decoder layers leaves their entrance whole
+                whole = name in IN_LAYERS
+                found = (
+                    list(range(36))
+                    if whole
+                    else image_positions(handle.selections[0], image, policy)
+                )
                 want += [column + p for p in found]
                 image += 1
             else:
