@@ -94,9 +94,12 @@ class Var(Method):
         return LayerPlan.stock(facts.llm_depth)
 
     def layer_rule(self, view: RowView, rule: LayerRule) -> LayerRule:
-        """The sinks of this layer's input; stock where none of them is visual."""
+        """The sinks of this layer's input; nothing is redistributed where none is visual."""
         sinks = (massive(view.hidden, self.dims or ()) > self.tau) & view.mask
+        # a row without images is left alone, whatever stands beside it
+        rule = replace(rule, sinks=sinks & view.visual.any(-1, keepdim=True))
         if not bool((sinks & view.visual).any()):
             return rule
-        how = Redistribution(rho=self.rho, p=self.p, least=self.least)
-        return replace(rule, sinks=sinks, redistribution=how)
+        return replace(
+            rule, redistribution=Redistribution(rho=self.rho, p=self.p, least=self.least)
+        )

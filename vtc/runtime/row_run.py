@@ -166,7 +166,8 @@ class RowRun:
         """Whether the layer is not left alone, as far as is known before it runs."""
         if self.is_prefill and not self._rules[layer].is_stock:
             return True
-        return self._state is not None and layer in self._state.rules
+        rule = None if self._state is None else self._state.rules.get(layer)
+        return rule is not None and rule.lasts
 
     def sequence(self, stage: Stage | None) -> Sequence:
         """The entries that a layer behind these cuts sees."""
@@ -232,15 +233,15 @@ class RowRun:
         self._short = self.asking = None
         if sequence is None:
             state = self._state
-            if state is not None and layer in state.rules:
+            if state is not None and self.concerns(layer):
                 reread = Reread(state.rules[layer], state.visual[layer])
                 stack.enter_context(intercepted(module.self_attn, reread.attend))
             return None
         held, rule = filled(given.get("past_key_values"), layer), self._rules[layer]
         whole, visual = rule, sequence.visual
-        if rule.rereads or self._state is not None:
+        if held:
             whole, visual = behind(self._state, layer, held, rule, sequence.visual)
-        if whole.lasts or whole.radius is not None:
+        if whole.lasts or whole.sinks is not None or whole.radius is not None:
             self._known[layer] = (whole, visual)
         changed, short = None, not rule.attention and not sequence.empty
         if short:
@@ -314,6 +315,5 @@ class RowRun:
         visual = {} if self._state is None else dict(self._state.visual)
         for layer, (rule, keys) in self._known.items():
             visual[layer] = keys
-            if rule.lasts:
-                rules[layer] = replace(rule, attention=True, ffn=True, radius=None)
+            rules[layer] = replace(rule, attention=True, ffn=True, radius=None)
         return RowState(rules, visual, self._rows)

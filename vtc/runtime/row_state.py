@@ -19,12 +19,12 @@ _STATE = "_vtc_rows"
 
 @dataclass(frozen=True, eq=False)
 class RowState:
-    """Rules that hold for later steps too.
+    """What is known of some layers' keys.
 
     Attributes:
-        rules: by decoder layer; their `unread` and `sinks` are over the keys of that layer.
-        visual: by decoder layer, `bool[B, S]`, its visual keys; of layers with a radius too, which
-            holds for visual rows alone.
+        rules: by decoder layer, what was in force there; their `unread` and `sinks` are over the
+            keys of that layer. Later steps need those that last, later prompts all of them.
+        visual: by decoder layer, `bool[B, S]`, its visual keys.
         batch: B.
     """
 
@@ -44,7 +44,7 @@ class RowState:
 
 def remember(cache: Any, state: RowState | None) -> None:
     """Note a state on a cache, or forget the one that is there."""
-    if state is not None and state.visual:
+    if state is not None and state.rules:
         setattr(cache, _STATE, state)
     elif hasattr(cache, _STATE):
         delattr(cache, _STATE)
