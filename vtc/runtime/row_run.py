@@ -69,7 +69,7 @@ class Sequence:
             self.columns, self.parent = places.places, places.placed.parent
         else:
             self.columns, self.parent = places.columns, places.parent
-        self.split = Split.of(visual)
+        self.split = Split.of(visual, mask)
         self.empty = not self.split.visual.shape[1]
 
     @cached_property

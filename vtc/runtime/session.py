@@ -336,7 +336,9 @@ class Session:
         self._check_window(embeds.shape[1])
         # with a model spread over devices, ids may be elsewhere than what the encoder made of them
         mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
-        compaction = plan(images, selection, mask, self.policy)
+        # where nothing is dropped there is nothing to renumber
+        policy: Policy = "keep" if selection.is_identity else self.policy
+        compaction = plan(images, selection, mask, policy)
         appended = None
         if small is not None:
             if len(images.newlines) and (newline := self.adapter.newline) is not None:
@@ -353,7 +355,7 @@ class Session:
             embeds = with_slots(images, selection, embeds, slots)
         short = compaction.gather(embeds, appended)
         short_mask = compaction.mask(mask)
-        short_ids = compaction.positions(ids, short_mask, self.policy)
+        short_ids = compaction.positions(ids, short_mask, policy)
         return Short(
             inputs_embeds=short[..., :width].contiguous(),
             attention_mask=short_mask,

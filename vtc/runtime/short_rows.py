@@ -27,9 +27,11 @@ class Split:
         text_valid: `bool[B, T]`.
         visual: `int64[B, V]`, where each visual row stands; 0 on padding.
         visual_valid: `bool[B, V]`.
-        order: `int64[B, L]`, where each entry is found in text rows followed by visual rows.
+        order: `int64[B, L]`, where each entry is found in text rows, then visual rows, then a row
+            of zeros for padding.
         is_visual: `bool[B, L]`.
-        even: whether all rows have as many of either, so that nothing is padding.
+        even: whether all rows have as many of either.
+        padded: whether some entries are padding.
     """
 
     text: Tensor
@@ -39,27 +41,31 @@ class Split:
     order: Tensor
     is_visual: Tensor
     even: bool
+    padded: bool
 
     @classmethod
-    def of(cls, visual: Tensor) -> Split:
-        """The split of `bool[B, L]`."""
-        counts = visual.sum(-1)
-        most, least = torch.stack([counts.max(), counts.min()]).tolist()
-        width = visual.shape[1] - least
+    def of(cls, visual: Tensor, real: Tensor | None = None) -> Split:
+        """The split of `bool[B, L]`; what is not `real` either is padding, which is nobody's."""
+        text = ~visual if real is None else ~visual & real
+        texts, images = text.sum(-1), visual.sum(-1)
+        none = (~(text | visual)).sum()
+        found = torch.stack([texts.max(), texts.min(), images.max(), images.min(), none]).tolist()
+        width, fewest, most, least, padding = found
         here = torch.arange(visual.shape[1], device=visual.device)
-        text_valid = here[:width] < (visual.shape[1] - counts)[:, None]
-        visual_valid = here[:most] < counts[:, None]
-        text = visual.int().argsort(dim=-1, stable=True)[:, :width]
-        images = (~visual).int().argsort(dim=-1, stable=True)[:, :most]
-        ranks = (~visual).long().cumsum(-1) - 1
+        text_valid = here[:width] < texts[:, None]
+        visual_valid = here[:most] < images[:, None]
+        first = (~text).int().argsort(dim=-1, stable=True)[:, :width]
+        second = (~visual).int().argsort(dim=-1, stable=True)[:, :most]
+        order = torch.where(visual, width + visual.long().cumsum(-1) - 1, width + most)
         return cls(
-            text=text.masked_fill(~text_valid, 0),
+            text=first.masked_fill(~text_valid, 0),
             text_valid=text_valid,
-            visual=images.masked_fill(~visual_valid, 0),
+            visual=second.masked_fill(~visual_valid, 0),
             visual_valid=visual_valid,
-            order=torch.where(visual, width + visual.long().cumsum(-1) - 1, ranks),
+            order=torch.where(text, text.long().cumsum(-1) - 1, order),
             is_visual=visual,
-            even=most == least,
+            even=width == fewest and most == least,
+            padded=padding > 0,
         )
 
     def repeated(self, batch: int) -> Split:
@@ -91,8 +97,13 @@ class Split:
         return x[torch.arange(len(x), device=x.device)[:, None], index]
 
     def joined(self, text: Tensor, visual: Tensor, dim: int = 1) -> Tensor:
-        """Text rows and visual rows, along `dim`, as entries in their order."""
-        both = torch.cat([text, visual.to(text.device)], dim)
+        """Text rows and visual rows, along `dim`, as entries in their order; padding is zeros."""
+        parts = [text, visual.to(text.device)]
+        if self.padded:
+            shape = list(text.shape)
+            shape[dim] = 1
+            parts.append(text.new_zeros(shape))
+        both = torch.cat(parts, dim)
         if len(both) == 1:
             return both.index_select(dim, self.order[0].to(both.device))
         shape = [1] * both.dim()
