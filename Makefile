@@ -16,11 +16,12 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/vtc sweep --questions 200 --out out/demo
 
+# a process for each core, of one thread each: the models are too small for more
 test: $(READY)
-	$(BIN)/pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(BIN)/pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu"
 
 check: $(READY)
 	$(BIN)/ruff check .
