@@ -77,8 +77,7 @@ def test_stage_2_of_todre_acts_in_some_rows_and_not_in_others(family: str) -> No
         assert not all(fired) or dict(spec.options)["tau"] == 1.0, spec
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("family, spec", cells(SPECS), ids=str)
 def test_what_is_dropped_matters(family: str, spec: Spec) -> None:
     """Else equality would show nothing."""
     if spec.name == "none":
@@ -86,6 +85,14 @@ def test_what_is_dropped_matters(family: str, spec: Spec) -> None:
     model = spec.model(family)
     for prompt in accepted(family, spec):
         inputs = cached_inputs(family, prompt)
+        if spec.over_layers:
+            # a hundred times the tolerance; tokens may stay the same
+            with torch.no_grad():
+                stock = model(**inputs).logits[:, -1]
+                with patched(spec, family):
+                    moved = (model(**inputs).logits[:, -1] - stock).abs().amax(-1)
+            assert (moved > 2e-3).any()
+            return
         with patched(spec, family):
             got = run(model, inputs)
         if not torch.equal(got, run(model, inputs)):

@@ -38,8 +38,9 @@ def usable(family: str, spec: Spec) -> list[str]:
     return [prompt for prompt in found if prompt in WIDE] or found[:1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", [s for s in COUNTED if s.name not in NEVER_STOCK], ids=str)
+@pytest.mark.parametrize(
+    "family, spec", cells([s for s in COUNTED if s.name not in NEVER_STOCK]), ids=str
+)
 def test_keeping_everything_is_bit_identical(family: str, spec: Spec) -> None:
     model = spec.model(family)
     # of layers a number is not taken
@@ -93,8 +94,7 @@ def test_a_row_of_a_batch_equals_the_row_alone(family: str, spec: Spec) -> None:
                 assert [rows_of(together)[g] for g in mine] == rows_of(by_itself)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("family, spec", cells(SPECS), ids=str)
 def test_same_seed_same_result_and_counts_as_asked(family: str, spec: Spec) -> None:
     kind = spec.method(family)
     for prompt in usable(family, spec):

@@ -16,12 +16,12 @@ from tests.kit.matrix import (
     Spec,
     accepted,
     cached_inputs,
+    cells,
     model_of,
     patched,
     run,
     specs_of,
 )
-from tests.kit.models import FAMILIES
 from tests.kit.prompts import Part, build_inputs
 from vtc.errors import InputError, OptionError
 
@@ -76,8 +76,9 @@ def test_what_cannot_be_right_is_refused(family: str, method: str, prompt: str) 
 
 
 # of the others every prompt is compared in test_matrix_generate.py
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FULL])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(
+    "family, spec", [cell for cell in cells(SPECS) if cell.values[0] not in FULL], ids=str
+)
 def test_nothing_else_is_refused(family: str, spec: Spec) -> None:
     model = spec.model(family)
     for prompt in accepted(family, spec):

@@ -13,6 +13,7 @@ from tests.kit.matrix import (
     Spec,
     accepted,
     cached_inputs,
+    cells,
     model_of,
     run,
     specs_of,
@@ -78,8 +79,7 @@ def test_other_methods_say_nothing_of_blocks() -> None:
     assert handle.report().block_patches == ()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("family, spec", cells(SPECS), ids=str)
 def test_caches_are_as_long_as_what_each_layer_saw(family: str, spec: Spec) -> None:
     model = spec.model(family)
     inputs = cached_inputs(family, accepted(family, spec)[0])

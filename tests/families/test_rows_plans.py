@@ -18,6 +18,7 @@ from tests.kit.matrix import (
     Spec,
     accepted,
     cached_inputs,
+    cells,
     depth_of,
     drawn,
     inside,
@@ -58,8 +59,7 @@ def mean_active(spec: Spec, family: str, sizes: list[int]) -> float:
     return layers / depth * sum(sizes) / len(sizes)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", ROWS, ids=str)
+@pytest.mark.parametrize("family, spec", cells(ROWS), ids=str)
 def test_the_plan_is_the_papers(family: str, spec: Spec) -> None:
     inputs = cached_inputs(family, "batch 1")
     handle, made = planned(spec, family, inputs)
@@ -91,8 +91,7 @@ def test_the_plan_is_the_papers(family: str, spec: Spec) -> None:
             assert got.redistribution is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", ROWS, ids=str)
+@pytest.mark.parametrize("family, spec", cells(ROWS), ids=str)
 def test_the_report_counts_rows_that_do_everything(family: str, spec: Spec) -> None:
     inputs = cached_inputs(family, "batch 1")
     handle, _ = planned(spec, family, inputs)
@@ -107,8 +106,7 @@ def test_the_report_counts_rows_that_do_everything(family: str, spec: Spec) -> N
         assert report.active_fraction == pytest.approx(want / report.visual_tokens[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("spec", WITH_SINKS, ids=str)
+@pytest.mark.parametrize("family, spec", cells(WITH_SINKS), ids=str)
 def test_some_tokens_are_sinks_and_some_heads_give_away(family: str, spec: Spec) -> None:
     """Else the comparisons would show nothing."""
     visual, text, rows = [], [], []

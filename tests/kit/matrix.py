@@ -336,14 +336,16 @@ def want(spec: Spec, family: str, inputs: Inputs, decision: Decision, mode: str)
 def cells(*axes: Sequence[Any], full: Sequence[str] = FULL) -> list[Any]:
     """Every family with every combination of the axes; slow, beyond those that the default run
     covers: the families of `full` with all but further options of a method, of the others each
-    value of each axis once."""
+    value of each axis once; further options of methods over layers in every fourth family."""
     further = {spec for name in VARIANTS for spec in specs_of(name)[1:]}
     out = []
     for f, family in enumerate(FAMILIES):
         chosen = _pairs(f, *axes)
         for cell in _combinations(axes):
-            fully = family in full and not further & set(cell)
-            marks = () if fully or cell in chosen else (pytest.mark.slow,)
+            more = further & set(cell)
+            fully = family in full and not more
+            by_turns = all((f + SPECS.index(spec)) % 4 == 0 for spec in more if spec.over_layers)
+            marks = () if fully or (cell in chosen and by_turns) else (pytest.mark.slow,)
             out.append(pytest.param(family, *cell, marks=marks))
     return out
 

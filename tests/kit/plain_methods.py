@@ -243,6 +243,28 @@ def var(
     return dict.fromkeys(range(first_with_sinks(depth), depth - except_last), rule)
 
 
+def together(*given: Rules) -> Rules:
+    """Several methods in the same layers, one of which at most says anything of sinks."""
+    out: Rules = {}
+    for rules in given:
+        for layer, rule in rules.items():
+            before = out.get(layer, Rule())
+            assert before.sinks is None or rule.sinks is None
+            assert before.heads is None or rule.heads is None
+            assert before.radius is None or rule.radius is None
+            out[layer] = Rule(
+                attention=before.attention and rule.attention,
+                ffn=before.ffn and rule.ffn,
+                radius=before.radius if rule.radius is None else rule.radius,
+                heads=before.heads or rule.heads,
+                renormalize=before.renormalize if before.heads else rule.renormalize,
+                sinks=before.sinks or rule.sinks,
+                blind=before.blind or rule.blind,
+                var=before.var or rule.var,
+            )
+    return out
+
+
 ROWS: dict[str, Callable[..., Rules]] = {
     "naavit": naavit,
     "shortv": shortv,
