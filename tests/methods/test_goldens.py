@@ -53,6 +53,8 @@ def test_golden(case: dict[str, Any]) -> None:
 
 
 def test_every_method_that_chooses_by_rule_has_goldens() -> None:
-    counted = {name: sum(c.values[0]["method"] == name for c in CASES) for name in vtc.methods()}
+    # what methods over decoder layers say is pinned in tests/families/test_rows_plans.py
+    choosing = [n for n in vtc.methods() if vtc.method(n).site not in ("llm_rows", "llm_layer")]
+    counted = {name: sum(c.values[0]["method"] == name for c in CASES) for name in choosing}
     chance = {"random", "none"}  # their properties are in test_universal.py
     assert all(count >= 3 for name, count in counted.items() if name not in chance), counted
