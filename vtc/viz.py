@@ -130,7 +130,7 @@ def sink_map(
     big, _ = _enlarged(image)
     cells = _cells(big.size, grid)
     gray = _gray(np.asarray(big, dtype=np.float32))
-    color = _viridis(shown / max(1, max(counts)))[cells]
+    color = _viridis(shown / np.float32(max(1, max(counts))))[cells]
     pixels = np.where((shown > 0)[cells][..., None], (1 - _HEAT) * gray + _HEAT * color, gray)
     return _picture(_with_lines(pixels.astype(np.float32), cells))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -78,8 +78,9 @@ class Split:
         return self if self.order.device == device else self._with(lambda x: x.to(device))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Split:
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Split(**{k: change(v) if isinstance(v, Tensor) else v for k, v in parts.items()})
+        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: change(v) for k, v in parts.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def texts(self, x: Tensor) -> Tensor:
         """The text rows `[B, T, ...]` of `x [B, L, ...]`, zeros on padding."""
