@@ -78,8 +78,8 @@ class Split:
         return self if self.order.device == device else self._with(lambda x: x.to(device))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Split:
-        parts: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: change(v) for k, v in parts.items() if isinstance(v, Tensor)}
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: change(v) for k, v in parts.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def texts(self, x: Tensor) -> Tensor:
