@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtc.calibration.data import calibration_of
 from vtc.errors import OptionError
 from vtc.methods.base import Method
+from vtc.plans import LayerPlan, LayerRule
+from vtc.scorers import LayerContribution
 from vtc.selectors import FarthestPoint, MaxSum
+from vtc.sites import Facts
 from vtc.types import Budget, Selection, Tokens
 
 
@@ -40,14 +45,29 @@ def chosen_layers(
     return selector(layers, scores, budget.counts(layers.valid, layers.parent))
 
 
-def needs_contribution(method: Method) -> bool:
-    """Whether the choice looks at the contributions of layers."""
+def plan_by_contribution(
+    method: Method, layers: Tokens, facts: Facts, budget: Budget, rule: LayerRule
+) -> LayerPlan:
+    """The plan of a method with options `layers` and `calibration`: the rule is in force in the
+    layers given, else in those that its scorer and selector do not leave active.
+
+    Raises:
+        OptionError: a layer that does not exist, or a published order that names too few.
+        SignalError: nothing is known of the layers of this model.
+    """
+    options: Any = method
+    if options.layers is not None:
+        skipped = checked_layers(method.name, options.layers, facts.llm_depth)
+        return LayerPlan.skipping(skipped, facts.llm_depth, rule)
+    signals: dict[str, Tensor] = {}
     scorer = method.active_scorer
-    return (
-        method.active_selector.uses_scores
-        and scorer is not None
-        and scorer.name == "layer_contribution"
-    )
+    reads = method.active_selector.uses_scores and isinstance(scorer, LayerContribution)
+    if reads:
+        found = calibration_of(options.calibration, facts, "layer_contribution")
+        values = torch.tensor([found.layer_contribution], dtype=torch.float32)
+        check_named(method.name, values, budget)
+        signals["layer_contribution"] = values
+    return LayerPlan.of_active(chosen_layers(method, layers, budget, signals), rule)
 
 
 def checked_layers(name: str, layers: Iterable[int], depth: int) -> tuple[int, ...]:
@@ -61,15 +81,9 @@ def checked_layers(name: str, layers: Iterable[int], depth: int) -> tuple[int, .
     return found
 
 
-def contribution(values: tuple[float, ...]) -> dict[str, Tensor]:
-    """The signal that `LayerContribution` reads."""
-    return {"layer_contribution": torch.tensor([values], dtype=torch.float32)}
-
-
-def check_named(name: str, signals: Mapping[str, Tensor], budget: Budget) -> None:
+def check_named(name: str, contribution: Tensor, budget: Budget) -> None:
     """Refuse a budget that would skip layers which a published order does not name."""
-    values = signals["layer_contribution"][0]
-    depth, named = len(values), int(values.isfinite().sum())
+    depth, named = contribution.shape[1], int(contribution.isfinite().sum())
     skipped = depth - budget.count(depth)
     if skipped > named:
         raise OptionError(

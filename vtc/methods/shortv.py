@@ -5,17 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from vtc.calibration.data import Calibration, calibration_of
+from vtc.calibration.data import Calibration
 from vtc.methods.base import Exactness, Method, Site
-from vtc.methods.layer_choice import (
-    check_named,
-    checked_layers,
-    chosen_layers,
-    contribution,
-    needs_contribution,
-)
+from vtc.methods.layer_choice import plan_by_contribution
 from vtc.plans import LayerPlan, LayerRule
 from vtc.scorers import LayerContribution, Scorer
 from vtc.selectors import Count, Selector, TopK
@@ -82,12 +74,4 @@ class ShortV(Method):
     def plan(self, layers: Tokens, facts: Facts, budget: Budget) -> LayerPlan:
         """Freeze visual rows in the other layers."""
         rule = LayerRule(attention=False, ffn=False)
-        if self.layers is not None:
-            skipped = checked_layers(self.name, self.layers, facts.llm_depth)
-            return LayerPlan.skipping(skipped, facts.llm_depth, rule)
-        signals: dict[str, Tensor] = {}
-        if needs_contribution(self):
-            found = calibration_of(self.calibration, facts, "layer_contribution")
-            signals = contribution(found.layer_contribution or ())
-            check_named(self.name, signals, budget)
-        return LayerPlan.of_active(chosen_layers(self, layers, budget, signals), rule)
+        return plan_by_contribution(self, layers, facts, budget, rule)
