@@ -17,6 +17,7 @@ from vtc.keep import parse_keep
 
 _WRONG_USE = (OptionError, InputError, UnsupportedModelError, SignalError)
 _METHOD = "a name of `vtc methods`, options behind a colon: vtc_cls:start=12"
+_COMPOSITION = "or several, each with its keep: flowcut@0.5+todre@0.1"
 _KEEP = "0.11 (a fraction), 64 or 64tok (tokens per image)"
 _POSITIONS = ("keep", "renumber", "median", "published")
 
@@ -112,10 +113,12 @@ def _sweep(commands: Any) -> None:
     p.add_argument("--model", help="folder, hub id, or a model of the testbed (default: llava)")
     out = "folder of the results; a second run goes on there"
     p.add_argument("--out", type=Path, help=f"{out} {by_default('out')}")
-    methods = f"{_METHOD}; the baselines are added {by_default('methods')}"
+    methods = f"{_METHOD}; {_COMPOSITION}; the baselines are added {by_default('methods')}"
     p.add_argument("--methods", nargs="+", metavar="METHOD", help=methods)
     keep = f"{_KEEP} {by_default('keeps')}"
     p.add_argument("--keep", dest="keeps", nargs="+", type=_keep, metavar="KEEP", help=keep)
+    layers = "shares of decoder layers, for methods that skip work in them (default: of --keep)"
+    p.add_argument("--layer-keep", dest="layer_keeps", nargs="+", type=_keep, help=layers)
     p.add_argument(
         "--positions", nargs="+", choices=_POSITIONS, help=f"policies {by_default('positions')}"
     )

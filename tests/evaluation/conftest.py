@@ -129,19 +129,26 @@ def swept(sweep, tmp_path_factory):
 
 @pytest.fixture
 def samples_frame():
-    """A frame of samples made by hand: scores by (method, positions, keep, seed)."""
+    """A frame of samples made by hand: scores by (method, positions, keep, seed).
+
+    A method is written as on the command line; one that skips work keeps every token.
+    """
     from vtc.evaluation import table
-    from vtc.evaluation.compression import Compression
+    from vtc.evaluation.compression import Compression, parse_method
 
     def build(cells: Mapping[tuple[Any, ...], Sequence[float]], task: str = "t") -> Any:
         found = []
         for (method, positions, keep, seed), scores in cells.items():
-            share = keep if isinstance(keep, float) else 1.0
+            name, options = parse_method(method)
+            cell = Compression(name, keep, positions, seed, options)
+            active = keep if isinstance(keep, float) else 1.0
+            kept = 1.0 if cell.build().site == "llm_rows" else active
+            shares = {"kept_fraction": kept, "active_fraction": active}
             samples = [
-                {"task": task, "doc_id": i, "kind": None, "score": s, "kept_fraction": share}
+                {"task": task, "doc_id": i, "kind": None, "score": s, **shares}
                 for i, s in enumerate(scores)
             ]
-            found.append((Compression(method, keep, positions, seed), samples))
+            found.append((cell, samples))
         return table.samples_frame(found)
 
     return build

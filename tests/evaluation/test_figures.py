@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from vtc.evaluation import figures, table
+from vtc.evaluation.groups import grouped
 
 pytestmark = pytest.mark.eval
 
@@ -72,3 +73,74 @@ def test_nothing_global_changes(summary):
     before = dict(matplotlib.rcParams)
     figures.accuracy_plot(summary, {})
     assert dict(matplotlib.rcParams) == before
+
+
+MANY = {
+    ("none", "keep", None, 0): [1, 1, 1, 1],
+    **{("vtc_cls", p, k, 0): [1, 1, 0, 0] for p in ("keep", "renumber") for k in (0.5, 0.1)},
+    **{("random", p, k, 0): [1, 0, 0, 0] for p in ("keep", "renumber") for k in (0.5, 0.1)},
+    **{("shortv", "keep", k, 0): [1, 1, 1, 0] for k in (0.8, 0.4)},
+    ("var", "keep", None, 0): [1, 1, 1, 1],
+    ("vtc_cls@0.5+shortv@0.5", "keep", None, 0): [1, 0, 1, 0],
+}
+
+
+@pytest.fixture
+def many(samples_frame):
+    frame = samples_frame(MANY)
+    frame["ttft_ms"], frame["full_ttft_ms"] = 10.0, 20.0
+    frame["ttft_ratio"] = 0.5
+    return table.tables(frame)[1]
+
+
+def test_methods_that_keep_every_token_are_not_drawn_against_tokens_kept(many):
+    found = texts(figures.accuracy_plot(many, {})["svg"])
+    assert {"vtc_cls, keep", "vtc_cls, renumber"} <= set(found)
+    assert not [text for text in found if text.startswith(("shortv", "var"))]
+
+
+def test_against_active_tokens_all_methods_are_drawn_under_one_policy(many):
+    found = texts(figures.active_plot(many, {})["svg"])
+    labels = {"vtc_cls", "random", "shortv", "var", "vtc_cls@0.5+shortv@0.5"}
+    assert labels <= set(found)
+    assert not [text for text in found if "renumber" in text]
+    # a panel each, with random named in all of them
+    assert found.count("random") == len([t for t in found if t.startswith("t, 4 questions: ")]) == 4
+
+
+def test_the_time_figure_names_the_machine_and_the_full_models_time(many):
+    found = texts(figures.time_plot(many, {}, "a slow machine, 1 thread")["svg"])
+    assert any("(10 ms on a slow machine, 1 thread)" in text for text in found)
+    assert any(text.startswith("median of 4 questions") for text in found)
+
+
+def test_without_times_there_is_no_time_figure(summary):
+    assert figures.time_plot(summary, {}) is None
+
+
+def test_every_curve_stands_in_one_panel(many):
+    curves = list(table.curves(many, "active_fraction").items())
+    panels = grouped(curves)
+    assert sorted(key for _, own in panels for key, _ in own) == sorted(key for key, _ in curves)
+    titles = {key[1]: title for title, own in panels for key, _ in own}
+    assert titles == {
+        "vtc_cls": "in the encoder and before the LLM",
+        "shortv": "in the LLM, to a budget",
+        "var": "compositions and methods without a budget",
+        "vtc_cls@0.5+shortv@0.5": "compositions and methods without a budget",
+        "random": "baselines",
+    }
+
+
+def test_a_few_curves_share_a_panel_and_many_of_one_group_take_two(samples_frame):
+    def panels(methods):
+        cells = {("none", "keep", None, 0): [1], ("random", "keep", 0.5, 0): [1]}
+        cells |= {(method, "keep", 0.5, 0): [1] for method in methods}
+        summary = table.tables(samples_frame(cells))[1]
+        return grouped(list(table.curves(summary).items()))
+
+    ((title, own),) = panels([f"vtc_cls:start={i}" for i in range(5)])
+    assert title == "" and len(own) == 6
+    found = panels([f"vtc_cls:start={i}" for i in range(12)])
+    assert [len(own) for _, own in found] == [6, 6, 1]
+    assert found[0][0] == "in the encoder and before the LLM (1 of 2)"

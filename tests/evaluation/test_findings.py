@@ -98,3 +98,55 @@ def test_a_curve_that_rises_above_the_full_model_is_named(said):
     _, bends = said({("uniform", "keep", 0.5, 0): right(40)})
     (line,) = bends
     assert line.startswith("uniform (keep) rises from 100.0 % to 50.0 % of the tokens: +10.0")
+
+
+def test_layers_are_compared_with_random_layers_and_with_as_few_active_tokens(said):
+    losses, _ = said(
+        {
+            ("shortv", "keep", 0.5, 0): right(20),
+            ("shortv", "keep", 0.25, 0): right(12),
+            ("shortv:scorer=random", "keep", 0.5, 0): right(22),
+            ("shortv:scorer=random", "keep", 0.25, 0): right(8),
+            # more active tokens, then as many, then fewer: the first says nothing
+            ("random", "keep", 0.6, 0): right(35),
+            ("random", "keep", 0.5, 0): right(10),
+            ("random", "keep", 0.2, 0): right(18),
+            ("downsample", "keep", 0.25, 0): right(14),
+        }
+    )
+    of_shortv = [line for line in losses if "higher than shortv (keep)" in line]
+    layers, tokens, smaller = of_shortv
+    assert tokens.startswith("random (keep) scores") and smaller.startswith("downsample (keep)")
+    assert layers.startswith("shortv:scorer=random (keep) scores higher than shortv (keep): +5.0")
+    assert layers.endswith("at keep=0.5")
+    # as many as at one half score lower, so only the smaller budget is named
+    assert tokens.endswith("at 20.0 % active tokens against 25.0 %") and "+15.0 points" in tokens
+    assert smaller.endswith("at 25.0 % active tokens against 25.0 %") and "+5.0 points" in smaller
+
+
+def test_a_method_without_a_budget_is_compared_with_as_few_active_tokens(said):
+    losses, _ = said(
+        {
+            ("ima_skip", "keep", None, 0): right(20),
+            ("random", "keep", 0.5, 0): right(30),
+        }
+    )
+    (line,) = losses
+    assert line.startswith("random (keep) scores higher than ima_skip (keep): +25.0 points")
+    assert line.endswith("at 50.0 % active tokens against 100.0 %")
+
+
+def test_bends_of_methods_that_keep_all_tokens_are_told_in_active_ones(said):
+    _, bends = said(
+        {
+            ("shortv", "keep", 0.75, 0): right(30),
+            ("shortv", "keep", 0.5, 0): right(10),
+            ("shortv", "keep", 0.25, 0): right(25),
+        }
+    )
+    (line,) = bends
+    assert line.startswith("shortv (keep) rises from 50.0 % to 25.0 % active tokens: +37.5 points")
+
+
+def test_what_keeps_every_token_active_has_no_step_to_fewer(said):
+    assert said({("var", "keep", None, 0): right(40)})[1] == []

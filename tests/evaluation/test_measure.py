@@ -53,6 +53,19 @@ def test_nothing_kept_as_it_is_has_no_recall():
     assert found == {"evidence_covered": 1 / 4}
 
 
+def test_of_a_picture_that_later_cuts_empty_the_last_that_left_some_counts():
+    def left(first, second):
+        mask = torch.zeros(2, 12, dtype=torch.bool)
+        mask[0, list(first)] = mask[1, list(second)] = True
+        parent = torch.stack([torch.arange(2)] * 2, -1)
+        return Selection.of_mask(mask, (12, 12), parent, (GRID,) * 2)
+
+    cuts = [left((1, 2), (1, 5, 6)), left((), (1,)), left((), ())]
+    doc = {"evidence": [BOX]}
+    assert evidence_numbers(doc, SIZE, cuts, 0) == {"evidence_recall": 2 / 4}
+    assert evidence_numbers(doc, SIZE, cuts, 1) == {"evidence_recall": 1 / 4}
+
+
 @pytest.mark.parametrize(
     "doc",
     [
@@ -85,6 +98,7 @@ def test_means_are_over_the_samples_that_have_a_number():
 class Report:
     visual_tokens, llm_tokens = (196, 100, 196), (22, 60, 98)
     kept_tokens = (22, 50, 98)
+    active_fractions = (0.1, 0.4, 0.25)
     encoder_ms = selector_ms = ttft_ms = tpot_ms = kv_bytes = peak_memory_bytes = 1.0
 
 
@@ -92,6 +106,8 @@ def test_a_sample_counts_its_own_pictures_and_only_alone_has_times():
     found = token_numbers(Report, range(1, 3), alone=False)
     assert (found["visual_tokens"], found["llm_tokens"], found["kept_tokens"]) == (296, 158, 148)
     assert found["kept_fraction"] == 0.5 and found["ttft_ms"] is None
+    # weighted by tokens: 40 of 100 and 49 of 196
+    assert found["active_fraction"] == 89 / 296
     assert token_numbers(Report, range(1), alone=True)["ttft_ms"] == 1.0
 
 

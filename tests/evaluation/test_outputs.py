@@ -11,7 +11,8 @@ from vtc.evaluation.statistics import RESAMPLES, SEED
 pytestmark = pytest.mark.eval
 
 KEY = ["method", "positions", "keep", "seed"]
-MEANS = ["kept_fraction", "visual_tokens", "llm_tokens", "evidence_recall", "evidence_covered"]
+MEANS = ["kept_fraction", "active_fraction", "visual_tokens", "llm_tokens"]
+MEANS += ["evidence_recall", "evidence_covered"]
 MEDIANS = ["encoder_ms", "selector_ms", "ttft_ms", "tpot_ms", "kv_bytes", "peak_memory_bytes"]
 
 
@@ -80,6 +81,16 @@ def test_counts_are_means_and_times_are_medians(csv, samples):
         for name in MEDIANS:
             assert same(row[name], part[name].median()), name
         assert row["n_timed"] == part["ttft_ms"].notna().sum() == 3
+
+
+def test_times_are_shares_of_the_full_models_on_the_same_question(csv, samples):
+    for _, row in csv.iterrows():
+        part = own(samples, row)
+        assert (part["full_ttft_ms"].notna() == part["ttft_ms"].notna()).all()
+        shares = (part["ttft_ms"] / part["full_ttft_ms"]).dropna()
+        assert row["ttft_ratio"] == pytest.approx(shares.median())
+        ends = row["ttft_ratio_p20"], row["ttft_ratio_p80"]
+        assert ends == pytest.approx(tuple(np.percentile(shares, [20, 80])))
 
 
 def test_differences_are_paired_by_question(csv, samples):

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from vtc.errors import OptionError
-from vtc.evaluation.sweep import BASELINES, SweepConfig, plan
+from vtc.evaluation.cells import BASELINES, distinct, left_out, plan, settings
+from vtc.evaluation.sweep import SweepConfig
 
 pytestmark = pytest.mark.eval
 
@@ -50,6 +51,86 @@ def test_everything_is_the_full_model_and_one_token_is_not():
     assert {type(c.keep) for c in cells(keeps=(1,)) if c.method != "none"} == {int}
 
 
+def test_methods_over_layers_take_shares_only_and_one_policy():
+    found = cells(methods=("vtc_cls", "shortv"), keeps=(64, 0.5, 0.25))
+    keeps = {name: [c.keep for c in found if c.method == name] for name in ("vtc_cls", "shortv")}
+    assert keeps == {"vtc_cls": [64, 64, 0.5, 0.5, 0.25, 0.25], "shortv": [0.5, 0.25]}
+    assert {c.positions for c in found if c.method == "shortv"} == {"keep"}
+    config = SweepConfig(model="m", methods=("vtc_cls", "shortv", "var"), keeps=(64, 8, 0.5))
+    (note,) = left_out(config)
+    assert note.startswith("shortv: not run at keep=64tok, 8tok, because")
+
+
+def test_methods_over_layers_have_shares_of_their_own():
+    found = cells(methods=("shortv", "vtc_cls"), keeps=(64,), layer_keeps=(0.75, 0.5))
+    assert [c.keep for c in found if c.method == "shortv"] == [0.75, 0.5]
+    assert {c.keep for c in found if c.method == "vtc_cls"} == {64}
+    assert left_out(SweepConfig(model="m", keeps=(64,), layer_keeps=(0.75,))) == []
+
+
+def test_tokens_alone_are_refused_for_a_method_over_layers():
+    with pytest.raises(OptionError, match=r"keeps=\(64, 8\) are tokens, expected a float"):
+        cells(methods=("naavit",), keeps=(64, 8))
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["var", "sink_removal", "sink_removal:mode=mask", "ima_skip", "naavit:layers=(0,2)"],
+)
+def test_methods_that_decide_by_themselves_run_once(method):
+    found = [c for c in cells(methods=(method,)) if c.label == method]
+    assert [(c.keep, c.positions, c.seed) for c in found] == [(None, "keep", 0)]
+
+
+def test_compositions_run_under_all_policies_if_they_drop_tokens_before_the_llm():
+    found = cells(methods=("vtc_cls@0.5+shortv@0.5", "sink_removal+shortv@0.5"))
+    policies = {c.method: [] for c in found}
+    for c in found:
+        policies[c.method].append((c.keep, c.positions))
+    assert policies["vtc_cls@0.5+shortv@0.5"] == [(None, "keep"), (None, "renumber")]
+    assert policies["sink_removal+shortv@0.5"] == [(None, "keep")]
+
+
+def test_everything_is_the_full_model_only_where_the_method_leaves_it_alone():
+    found = cells(methods=("shortv", "yopo", "yopo:heads=1.0,window=None"), keeps=(1.0, 0.5))
+    kept = [(c.label, c.keep) for c in found if c.method in ("shortv", "yopo")]
+    # neighbors and heads are changed in all layers too
+    assert kept == [
+        ("shortv", 0.5),
+        ("yopo", 1.0),
+        ("yopo", 0.5),
+        ("yopo:heads=1.0,window=None", 0.5),
+    ]
+
+
+def test_layers_chosen_at_random_are_run_with_every_seed():
+    found = cells(methods=("shortv", "shortv:scorer=random"), keeps=(0.5,), seeds=(3, 4))
+    seeds = [(c.label, c.seed) for c in found if c.method == "shortv"]
+    assert seeds == [("shortv", 3), ("shortv:scorer=random", 3), ("shortv:scorer=random", 4)]
+
+
+def test_shares_that_come_to_the_same_layers_are_run_once():
+    found = cells(methods=("shortv", "vtc_cls", "yopo"), positions=("keep",), seeds=(0,))
+    left, notes = distinct(found, 6)
+    keeps = {n: [c.keep for c in left if c.method == n] for n in ("shortv", "vtc_cls", "yopo")}
+    assert keeps["shortv"] == [0.5, 0.33, 0.22]
+    assert keeps["vtc_cls"] == [0.5, 0.33, 0.22, 0.11, 0.055]
+    assert keeps["yopo"] == [1.0, 0.5, 0.33, 0.22]
+    assert notes[0] == "shortv: keep=0.11, 0.055 not run, the same as keep=0.22 (1 of 6 layers)"
+    assert distinct(found, 1000) == (found, [])
+
+
+def test_another_calibration_is_another_cell(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("{}")
+    config = SweepConfig(model="m", methods=(f"shortv:calibration='{file}'",), keeps=(0.5,))
+    (cell,) = [c for c in plan(config) if c.method == "shortv"]
+    before = settings(config, cell)
+    file.write_text("{ }")
+    assert settings(config, cell) != before
+    assert "calibrations" not in settings(config, plan(config)[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -58,6 +139,9 @@ def test_everything_is_the_full_model_and_one_token_is_not():
         ({"methods": "vtc_cls"}, "methods='vtc_cls': expected at least one, in a tuple"),
         ({"keeps": (0.5, 1.5)}, "out of range"),
         ({"positions": ("up",)}, "positions='up' is unknown"),
+        ({"layer_keeps": ()}, r"layer_keeps=\(\): expected at least one"),
+        ({"layer_keeps": (0.5, 3)}, "got 3, expected floats in"),
+        ({"layer_keeps": (1.5,)}, "out of range"),
         ({"questions": 0}, "questions=0: expected at least 1"),
         ({"timed_samples": -1}, "timed_samples=-1: expected at least 0"),
     ],

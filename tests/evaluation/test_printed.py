@@ -41,6 +41,12 @@ def test_numbers_are_points_with_sign_and_interval(summary):
     assert cells["evidence"] == "n/a"
 
 
+def test_active_tokens_stand_beside_kept_ones(samples_frame):
+    cells = {("none", "keep", None, 0): [1, 1], ("shortv", "keep", 0.5, 0): [1, 0]}
+    shown = as_dict(table.tables(samples_frame(cells))[1][1])
+    assert (shown["kept"], shown["active"], shown["of full"]) == ("100.0 %", "50.0 %", "n/a")
+
+
 def test_nothing_is_compared_with_itself(summary):
     assert as_dict(summary[0])["vs full"] == as_dict(summary[0])["vs random"] == "—"
     assert as_dict(summary[3])["method"] == "random ×2"

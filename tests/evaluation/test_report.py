@@ -83,15 +83,22 @@ def test_accuracy_by_kind_is_there_for_every_method(page, swept):
     kinds = sorted(k for k in swept.summary[0] if k.startswith("accuracy_"))
     kinds = [k for k in kinds if k not in ("accuracy_low", "accuracy_high")]
     table = page.tables["heat"]
-    assert table[0][2:] == [k.removeprefix("accuracy_") for k in kinds]
+    assert table[0][:3] == ["method", "kept", "active"]
+    assert table[0][3:] == [k.removeprefix("accuracy_") for k in kinds]
     for cells, row in zip(table[1:], rows_to_show(swept.summary, "vtc_scenes"), strict=True):
-        assert cells[2:] == [f"{100 * row[kind]:.0f}" for kind in kinds]
+        assert cells[3:] == [f"{100 * row[kind]:.0f}" for kind in kinds]
 
 
-def test_the_plot_is_the_one_beside_it(page, swept):
-    (plot,) = [a for a in images(page) if a["src"].startswith("data:image/svg+xml;base64,")]
-    data = base64.b64decode(plot["src"].partition(",")[2])
-    assert data == (swept.out / "accuracy.svg").read_bytes()
+def plots(page):
+    drawn = [a["src"] for a in images(page) if a["src"].startswith("data:image/svg+xml;base64,")]
+    return [base64.b64decode(src.partition(",")[2]) for src in drawn]
+
+
+def test_the_plots_are_those_beside_it(page, swept):
+    # no method acts in the LLM: against active tokens would be the first plot once more
+    names = ("accuracy", "accuracy_time")
+    assert plots(page) == [(swept.out / f"{name}.svg").read_bytes() for name in names]
+    assert (swept.out / "accuracy_active.svg").exists()
 
 
 def test_every_method_is_drawn_over_every_picture(page, swept):

@@ -15,7 +15,10 @@ pytestmark = pytest.mark.eval
 
 CELLS = 6
 TIMES = ["encoder_ms", "selector_ms", "ttft_ms", "tpot_ms"]
-OUTPUTS = {"table.csv", "table.json", "accuracy.png", "accuracy.svg", "report.html"}
+TIMES += ["ttft_ratio", "ttft_ratio_p20", "ttft_ratio_p80"]
+FIGURES = ("accuracy", "accuracy_active", "accuracy_time")
+OUTPUTS = {"table.csv", "table.json", "report.html"}
+OUTPUTS |= {f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")}
 
 
 def written(out):

@@ -87,6 +87,44 @@ def test_a_number_that_says_nothing_is_none(both):
     assert row["evidence_recall"] is None and row["ttft_ms"] is None and row["n_timed"] == 0
 
 
+def test_a_method_over_layers_is_compared_with_random_layers_and_not_with_random_tokens(
+    samples_frame,
+):
+    cells = {
+        **{key: value for key, value in CELLS.items() if key[0] in ("none", "random")},
+        ("shortv", "keep", 0.5, 0): [1, 1, 1, 1, 0, 0, 0, 0],
+        ("naavit", "keep", 0.5, 0): [1, 1, 1, 1, 0, 0, 0, 0],
+        ("shortv:scorer=random", "keep", 0.5, 0): [1, 0, 1, 0, 0, 0, 0, 0],
+        ("shortv:scorer=random", "keep", 0.5, 1): [1, 0, 0, 0, 0, 0, 0, 0],
+    }
+    _, summary = table.tables(samples_frame(cells))
+    row = one(summary, label="shortv")
+    mean = np.mean([v for k, v in cells.items() if k[0] == "shortv:scorer=random"], axis=0)
+    expected = difference_interval(np.array(cells["shortv", "keep", 0.5, 0], float), mean)
+    assert (row["vs_random"], row["vs_random_low"], row["vs_random_high"]) == expected
+    for label in ("naavit", "shortv:scorer=random"):
+        assert one(summary, label=label)["vs_random"] is None
+
+
+def test_times_are_paired_with_the_full_models(samples_frame):
+    frame = samples_frame({("uniform", "keep", 0.5, 0): [0] * 6})
+    frame["ttft_ms"] = [10.0, 30.0, 25.0, None, 20.0, 12.0]
+    frame["full_ttft_ms"] = [20.0, 40.0, 50.0, None, None, 10.0]
+    frame["ttft_ratio"] = frame["ttft_ms"] / frame["full_ttft_ms"]
+    (row,) = table.tables(frame)[1]
+    assert (row["ttft_ms"], row["ttft_ratio"], row["n_timed"]) == (20.0, 0.625, 5)
+    spread = row["ttft_ratio_p20"], row["ttft_ratio_p80"]
+    assert spread == pytest.approx(tuple(np.percentile([0.5, 0.75, 0.5, 1.2], [20, 80])))
+
+
+def test_curves_of_layers_fall_in_what_is_active(samples_frame):
+    cells = {("none", "keep", None, 0): [1], **{("shortv", "keep", k, 0): [1] for k in (0.2, 0.8)}}
+    summary = table.tables(samples_frame(cells))[1]
+    (points,) = table.curves(summary, "active_fraction").values()
+    assert [p["active_fraction"] for p in points] == [1.0, 0.8, 0.2]
+    assert not table.drops_tokens(points)
+
+
 def test_one_token_and_everything_are_two_budgets(samples_frame):
     frame = samples_frame(
         {("uniform", "keep", "1tok", 0): [0, 0], ("uniform", "keep", 1.0, 0): [1, 1]}

@@ -15,7 +15,7 @@ from vtc import viz
 from vtc.commands import models
 from vtc.commands.files import picture_suffix, read_picture, replacing
 from vtc.errors import InputError
-from vtc.evaluation.compression import parse_method
+from vtc.evaluation.compression import build, parse_method
 from vtc.evaluation.loading import load
 from vtc.methods.base import Method
 
@@ -35,8 +35,7 @@ class Ask:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, print the answers and the report, write the overlay."""
-    name, options = parse_method(args.method)
-    method = vtc.method(name, **options)
+    method = build(*parse_method(args.method))
     keep = _keep(method, args.keep)
     picture_suffix(args.out)
     device = models.device_of(args.device)
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         with vtc.patch(model, method, keep, positions=args.positions, seed=args.seed) as handle:
             answer = _answer(model, processor, inputs, args.max_new_tokens)
             report = handle.report()
-            _draw(ask, processor, handle.token_selections).save(temporary)
+            _draw(ask, processor, handle).save(temporary)
     found = {
         "picture": ask.source,
         "question": ask.question,
@@ -111,14 +110,16 @@ def _answer(model: Any, processor: Any, inputs: Any, new_tokens: int) -> str:
     return text.strip()
 
 
-def _draw(ask: Ask, processor: Any, selections: list[vtc.Selection]) -> Image.Image:
-    """The overlay of the last decision on the picture as the model saw it."""
+def _draw(ask: Ask, processor: Any, handle: vtc.Handle) -> Image.Image:
+    """What was decided about the picture as the model saw it."""
     seen = viz.as_seen(ask.image, processor)
-    if not selections:
+    if not handle.remaining:
         return seen
+    if handle.plans:
+        return handle.plot(seen)
     # a processor that crops moves the picture under the boxes
     evidence = ask.evidence if seen.size == ask.image.size else ()
-    return viz.overlay(seen, viz.last_left(selections), evidence=evidence)
+    return viz.overlay(seen, viz.last_left(handle.remaining), evidence=evidence)
 
 
 def _page(found: dict[str, Any]) -> str:

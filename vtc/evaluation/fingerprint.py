@@ -18,13 +18,14 @@ from vtc.evaluation.loading import Loaded
 _PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "numpy", "scipy")
 # parts of the package that no answer, score or count comes from, with these files as exceptions;
 # the testbed's pictures and questions are seen as files
-_SHOWN_ONLY = ("cli.py", "viz.py", "commands", "evaluation", "testbed")
+_SHOWN_ONLY = ("cli.py", "viz.py", "layer_chart.py", "commands", "evaluation", "testbed")
 _MEASURING = (
     "evaluation/compression.py",
     "evaluation/evaluate.py",
     "evaluation/loading.py",
     "evaluation/measure.py",
     "evaluation/model.py",
+    "evaluation/visuals.py",
     "testbed/examples.py",
     "testbed/scoring.py",
 )

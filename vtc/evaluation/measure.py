@@ -39,11 +39,14 @@ def token_numbers(report: Any, images: range, alone: bool) -> Numbers:
     """
     visual = sum(report.visual_tokens[i] for i in images)
     kept = sum(report.kept_tokens[i] for i in images)
+    # of each image, its tokens in layers that leave them active, averaged over layers
+    active = sum(report.active_fractions[i] * report.visual_tokens[i] for i in images)
     numbers: Numbers = {
         "visual_tokens": visual,
         "llm_tokens": sum(report.llm_tokens[i] for i in images),
         "kept_tokens": kept,
         "kept_fraction": kept / visual if visual else None,
+        "active_fraction": active / visual if visual else None,
     }
     for name in (*TIMES, *MEMORY):
         numbers[name] = getattr(report, name) if alone else None
@@ -60,7 +63,8 @@ def evidence_numbers(
     Args:
         doc: the question; `doc["evidence"]` holds boxes (x0, y0, x1, y1) in pixels of its picture.
         size: (width, height) of the picture.
-        selections: `handle.token_selections` of the call that has just returned.
+        selections: `handle.remaining` of the call that has just returned; the last that left any
+            of the picture counts. A method that only skips work leaves everything.
         image: the picture's number in the call.
 
     Returns:
@@ -69,14 +73,10 @@ def evidence_numbers(
         both say nothing: no boxes, no selection, or the picture is several crops.
     """
     boxes = _boxes(doc)
-    left = [s for s in selections if s.merge is not None or int(s.slots.sum())]
-    if not boxes or not left:
+    found = last_left(selections, image)
+    if not boxes or found is None:
         return {}
-    selection = left[-1]
-    groups = (selection.parent[:, 0] == image).nonzero()[:, 0].tolist()
-    if len(groups) != 1:
-        return {}
-    group = groups[0]
+    selection, group = found
     frames, height, width = selection.grid[group]
     if frames != 1 or selection.lengths[group] != height * width:
         return {}
@@ -89,6 +89,20 @@ def evidence_numbers(
     if selection.merge is not None:
         numbers["evidence_covered"] = _share(selection.covered()[group], wanted)
     return numbers
+
+
+def last_left(selections: Sequence[Selection], image: int) -> tuple[Selection, int] | None:
+    """The last decision that left any of a picture's tokens, and the picture's group in it.
+
+    None where there is no such decision, or the picture is several groups.
+    """
+    for selection in reversed(selections):
+        groups = (selection.parent[:, 0] == image).nonzero()[:, 0].tolist()
+        if len(groups) != 1:
+            return None
+        if selection.merge is not None or int(selection.slots[groups[0]]):
+            return selection, groups[0]
+    return None
 
 
 def _boxes(doc: Mapping[str, Any]) -> list[Sequence[float]]:

@@ -23,7 +23,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from vtc.errors import InputError, OptionError, SampleError, UnsupportedModeError
-from vtc.evaluation.compression import Compression
+from vtc.evaluation.compression import FULL, Compression
 from vtc.evaluation.loading import Loaded, load
 from vtc.evaluation.measure import Numbers, SampleCounts, means, token_numbers
 from vtc.evaluation.visuals import Visuals, evidence, for_processor, numbered, visuals_of
@@ -43,6 +43,8 @@ class Vtc(lmms):  # type: ignore[misc]
         batch_size: samples per call; with more than one, prompts are padded on the left.
         timed_samples: with batches, so many samples are still run alone, to be timed. Times are
             never those of a batch; the first sample is run twice and timed the second time.
+        time_full: whether the full model is timed too, right before and on the same
+            `timed_samples`: what else the machine does changes slower than that.
         use_cache: as `generate` takes it.
         max_batch_size: accepted because lmms-eval passes it; not used.
         arguments: `device`, `device_map`, `dtype`, `revision`, `trust_remote_code` and
@@ -64,6 +66,7 @@ class Vtc(lmms):  # type: ignore[misc]
         seed: int = 0,
         batch_size: int | str = 1,
         timed_samples: int = 12,
+        time_full: bool = False,
         use_cache: bool = True,
         max_batch_size: int | str | None = None,
         **arguments: Any,
@@ -74,6 +77,7 @@ class Vtc(lmms):  # type: ignore[misc]
         self.batch_size = _whole("batch_size", batch_size, least=1)
         self.timed_samples = _whole("timed_samples", timed_samples, least=0)
         self.use_cache = use_cache
+        self.time_full = time_full
         self._loaded: Loaded | None = None
         self._shared = isinstance(pretrained, Loaded)
         self._loaded = pretrained if isinstance(pretrained, Loaded) else load(pretrained, **loading)
@@ -120,12 +124,15 @@ class Vtc(lmms):  # type: ignore[misc]
         results: list[GenerationResult | None] = [None] * len(requests)
         failed, first, start = 0, None, time.perf_counter()
         bar = tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0)
+        full_ms = self._times_of_full(requests) if self.time_full else []
         with self.compression.patch(self.loaded.model) as handle:
             self._warm_up(requests, handle)
             for indices in self._batches(requests):
                 batch = [requests[i].args for i in indices]
                 try:
                     answers = self._answer(batch, handle)
+                    if len(indices) == 1 and indices[0] < len(full_ms):
+                        answers[0].token_counts.numbers["full_ttft_ms"] = full_ms[indices[0]]
                 except Exception as error:
                     failed, first = failed + len(batch), first or (batch[0], error)
                     logger.error(f"{_where(batch[0])}: {type(error).__name__}: {error}")
@@ -154,10 +161,29 @@ class Vtc(lmms):  # type: ignore[misc]
             for at in range(0, len(indices), self.batch_size):
                 yield indices[at : at + self.batch_size]
 
+    def _times_of_full(self, requests: Sequence[Instance]) -> list[float | None]:
+        """The full model's time to the first token on each of the timed samples."""
+        found: list[float | None] = []
+        with self._aside(), Compression(FULL).patch(self.loaded.model) as handle:
+            self._warm_up(requests, handle)
+            for request in requests[: self.timed_samples]:
+                first, messages, arguments, *rest = request.args
+                args = (first, messages, {**arguments, "max_new_tokens": 1}, *rest)
+                try:
+                    (answer,) = self._answer([args], handle)
+                    found.append(answer.token_counts.numbers.get("ttft_ms"))
+                except Exception as error:
+                    # the sample comes again under the method and is counted there
+                    logger.debug(f"timing the full model failed: {error}")
+                    found.append(None)
+        return found
+
+    def _aside(self) -> Any:
+        """Within it, what is drawn does not change what is drawn behind it."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def _warm_up(self, requests: Sequence[Instance], handle: Any) -> None:
-        devices = [self.device] if self.device.type == "cuda" else []
-        # sampled answers must not depend on the warm-up
-        with torch.random.fork_rng(devices):
+        with self._aside():
             try:
                 self._answer([request.args for request in requests[:1]], handle)
             except Exception as error:
@@ -222,7 +248,7 @@ class Vtc(lmms):  # type: ignore[misc]
             found: Numbers = {}
             if own:
                 found = token_numbers(report, own, alone=len(docs) == 1)
-                found |= evidence(doc, visuals, handle.selections, own)
+                found |= evidence(doc, visuals, handle.remaining, own)
             counts.append(SampleCounts(output_tokens=length, numbers=found))
         return counts
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vtc.evaluation.table import FULL, Row
+from vtc.evaluation.compression import FULL
+from vtc.evaluation.table import Row
 
 COLUMNS = (
     "method",
@@ -13,12 +14,14 @@ COLUMNS = (
     "keep",
     "kept",
     "tokens",
+    "active",
     "accuracy",
     "vs full",
     "vs random",
     "vs original ids",
     "evidence",
     "TTFT ms",
+    "of full",
 )
 # the screen has less room than the page
 _NOT_ON_SCREEN = ("tokens",)
@@ -35,12 +38,14 @@ def cells(row: Row) -> list[str]:
         row["keep"],
         percent(row["kept_fraction"], 1),
         number(row["llm_tokens"], 0),
+        percent(row["active_fraction"], 1),
         f"{100 * row['accuracy']:.1f} {interval(row, 'accuracy', signed=False)}",
         difference(row, "vs_full") if row["method"] != FULL else _NONE,
         difference(row, "vs_random"),
         difference(row, "vs_original_ids"),
         evidence(row),
         number(row["ttft_ms"], 1),
+        percent(row["ttft_ratio"], 0),
     ]
 
 

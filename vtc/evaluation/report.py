@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from vtc.evaluation import findings, printed, store
-from vtc.evaluation.figures import accuracy_plot
+from vtc.evaluation.compression import FULL
+from vtc.evaluation.figures import Plot, accuracy_plot, active_plot, time_plot
 from vtc.evaluation.loading import Loaded
-from vtc.evaluation.pictures import examples, rows_to_show
+from vtc.evaluation.pictures import examples, layer_pictures, rows_to_show
 from vtc.evaluation.statistics import RESAMPLES, SEED
-from vtc.evaluation.table import FULL, Row
+from vtc.evaluation.table import Row
 
 if TYPE_CHECKING:
     from vtc.evaluation.sweep import SweepConfig, SweepResult
@@ -31,24 +32,58 @@ def write_outputs(
     tasks: Sequence[Any],
     environment: Mapping[str, str],
 ) -> None:
-    """Write `table.csv`, `table.json`, `accuracy.png`, `accuracy.svg` and `report.html`."""
+    """Write `table.csv`, `table.json`, the figures and `report.html`."""
     out = config.out
     store.write(out / "table.csv", _csv(result.rows))
-    content = {"rows": result.rows, "summary": result.summary, "environment": dict(environment)}
+    content = {
+        "rows": result.rows,
+        "summary": result.summary,
+        "notes": list(result.notes),
+        "environment": dict(environment),
+    }
     store.write(out / "table.json", store.to_json(content))
     chance = {
         task: value for task in config.tasks if (value := _chance(result.samples, task)) is not None
     }
-    plot = accuracy_plot(result.summary, chance)
-    for ending, data in plot.items():
-        store.write(out / f"accuracy.{ending}", data)
+    plots = _plots(result.summary, chance, _machine(loaded, environment))
+    for name, plot in plots.items():
+        for ending, data in plot.items():
+            store.write(out / f"{name}.{ending}", data)
     pictures = [
         example
         for task in tasks
         for example in examples(result.samples, result.summary, loaded, task, config.pictures)
     ]
-    page = _page(config, result, plot["svg"], pictures, environment, chance)
-    store.write(out / "report.html", page)
+    layers = [
+        shown
+        for task in tasks[:1]
+        for shown in layer_pictures(result.samples, result.summary, loaded, task)
+    ]
+    shown = {"pictures": pictures, "layers": layers, "parameters": _size(loaded)}
+    store.write(out / "report.html", _page(config, result, plots, shown, environment, chance))
+
+
+def _plots(summary: Sequence[Row], chance: Mapping[str, float], machine: str) -> dict[str, Plot]:
+    found = {
+        "accuracy": accuracy_plot(summary, chance),
+        "accuracy_active": active_plot(summary, chance),
+        "accuracy_time": time_plot(summary, chance, machine),
+    }
+    return {name: plot for name, plot in found.items() if plot is not None}
+
+
+def _machine(loaded: Loaded, environment: Mapping[str, str]) -> str:
+    """What ran the model, as a figure names it."""
+    if loaded.model.device.type == "cuda":
+        return environment.get("gpu", "a GPU")
+    threads = int(environment["threads"])
+    return f"{environment['cpu']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _size(loaded: Loaded) -> str:
+    """Parameters in words: 3.8 million, 7.1 billion."""
+    count = sum(p.numel() for p in loaded.model.parameters())
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
 
 
 def _csv(rows: Sequence[Row]) -> str:
@@ -74,8 +109,8 @@ def _chance(frame: pd.DataFrame, task: str) -> float | None:
 def _page(
     config: SweepConfig,
     result: SweepResult,
-    plot: bytes,
-    pictures: Sequence[Any],
+    plots: Mapping[str, Plot],
+    shown: Mapping[str, Any],
     environment: Mapping[str, str],
     chance: Mapping[str, float],
 ) -> str:
@@ -93,9 +128,14 @@ def _page(
         tasks=[_task(result, row["task"]) for row in full],
         full=full,
         chance=chance,
-        plot="data:image/svg+xml;base64," + base64.b64encode(plot).decode(),
+        plots={name: _uri(plot["svg"]) for name, plot in plots.items()},
+        # without methods that act in the LLM the second figure is the first
+        inside=any(
+            abs(row["active_fraction"] - row["kept_fraction"]) > 1e-6 for row in result.summary
+        ),
         columns=printed.COLUMNS,
-        pictures=pictures,
+        notes=result.notes,
+        **shown,
         losses=findings.losses(result.samples, result.summary),
         bends=findings.bends(result.samples, result.summary),
         environment=environment,
@@ -104,6 +144,10 @@ def _page(
         seed=SEED,
         percent=printed.percent,
     )
+
+
+def _uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
 
 
 def _task(result: SweepResult, task: str) -> dict[str, Any]:
@@ -142,6 +186,7 @@ def _kinds(rows: Sequence[Row]) -> dict[str, Any] | None:
             {
                 "name": printed.name(row),
                 "kept": printed.percent(row["kept_fraction"], 1),
+                "active": printed.percent(row["active_fraction"], 1),
                 "cells": [_shade(row.get(key)) for key in names],
             }
             for row in rows

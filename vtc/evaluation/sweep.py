@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,20 +10,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-import vtc
 from vtc.errors import OptionError, VtcError
-from vtc.evaluation.compression import Compression, parse_method
+from vtc.evaluation.cells import distinct, left_out, plan, settings, words, written
+from vtc.evaluation.compression import Compression
 from vtc.evaluation.evaluate import evaluate, flat_sample, load_tasks, quiet, require_extra
 from vtc.evaluation.loading import Loaded, load
 from vtc.evaluation.store import Cells, check_writable
 from vtc.evaluation.threads import within_quota
-from vtc.methods.base import Method
+from vtc.types import Budget
 
 KEEPS = (1.0, 0.5, 0.33, 0.22, 0.11, 0.055)
-FULL = "none"
-RANDOM = "random"
-# in every report, because they win more often than papers show (arXiv 2502.11501, 2510.07143)
-BASELINES = (RANDOM, "uniform", "average_pool", "downsample")
 TESTBED_TASK = "vtc_scenes"
 
 
@@ -35,18 +30,23 @@ class SweepConfig:
     Args:
         model: a folder or a hub id.
         out: folder of results; a second run with it goes on where the first stopped.
-        methods: names, or `"vtc_cls:start=8"` with options; the baselines are added.
+        methods: names, `"vtc_cls:start=8"` with options, or compositions, see `parse_method`; the
+            baselines are added. Those that decide by themselves how much they keep run once.
         keeps: fractions or tokens per image; everything (1.0) is the full model, run once.
-        positions: policies for `methods` and for `random`; other baselines run under the first.
+        layer_keeps: shares of decoder layers, for methods that skip work in them; None: the
+            fractions among `keeps`. Those that come to the same layers run once.
+        positions: policies for `methods` and for `random`; other baselines, and methods that drop
+            no token before the LLM, run under the first.
         questions: the first so many of each task; of the testbed's task, so many are made.
-        seeds: of `random`; other methods take the first.
+        seeds: of `random` and of methods with `scorer=random`; others take the first.
         tasks: lmms-eval tasks.
         include_path: folder of task files; None: the testbed's for its task, else lmms-eval's own.
         metric: the key of a question's score; None: found by itself.
         device: `"cpu"`, `"cuda"`, ...; None: CUDA where there is one.
         dtype: `"auto"`: the checkpoint's on a GPU, float32 on a CPU.
         batch_size: questions per call.
-        timed_samples: questions per cell that run alone, to be timed.
+        timed_samples: questions per cell that run alone, to be timed; the full model is timed on
+            the same ones right before.
         pictures: pictures in the report, the first question of so many kinds.
         command: shown in the report as the way to run it again.
     """
@@ -55,6 +55,7 @@ class SweepConfig:
     out: Path = Path("out/sweep")
     methods: tuple[str, ...] = ("vtc_cls",)
     keeps: tuple[float | int, ...] = KEEPS
+    layer_keeps: tuple[float, ...] | None = None
     positions: tuple[str, ...] = ("keep", "renumber")
     questions: int = 200
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -69,10 +70,18 @@ class SweepConfig:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("methods", "keeps", "positions", "seeds", "tasks"):
-            if isinstance(value := getattr(self, name), str) or not tuple(value):
+        for name in ("methods", "keeps", "layer_keeps", "positions", "seeds", "tasks"):
+            if (value := getattr(self, name)) is None and name == "layer_keeps":
+                continue
+            if isinstance(value, str) or not tuple(value):
                 raise OptionError(f"{name}={value!r}: expected at least one, in a tuple")
             object.__setattr__(self, name, tuple(value))
+        for keep in self.layer_keeps or ():
+            if not isinstance(Budget.of(keep).keep, float):
+                raise OptionError(
+                    f"layer_keeps={self.layer_keeps}: got {keep!r}, expected floats in (0, 1], the "
+                    "share of decoder layers in which visual rows stay active"
+                )
         for name, least in (
             ("questions", 1),
             ("batch_size", 1),
@@ -91,13 +100,16 @@ class SweepResult:
     Attributes:
         rows: one per cell and task, as in `table.csv`.
         summary: the same with the seeds of a method averaged, as printed.
-        out: the folder of `table.csv`, `table.json`, `accuracy.png`, `accuracy.svg` and
-            `report.html`.
+        out: the folder of `table.csv`, `table.json`, `report.html` and the figures, each as PNG and
+            SVG: `accuracy` (against tokens kept), `accuracy_active` (against active visual tokens,
+            averaged over decoder layers) and, if anything was timed, `accuracy_time`.
+        notes: what was not run, and why.
     """
 
     rows: list[dict[str, Any]]
     summary: list[dict[str, Any]]
     out: Path
+    notes: tuple[str, ...]
     samples: Any = field(repr=False)
 
     @property
@@ -110,38 +122,17 @@ class SweepResult:
         from vtc.evaluation.printed import show
 
         show(self.summary)
+        for note in self.notes:
+            print(note)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"rows": self.rows, "summary": self.summary, "report": str(self.report)}
-
-
-def plan(config: SweepConfig) -> list[Compression]:
-    """All cells of a sweep, the full model first.
-
-    Raises:
-        OptionError: a method, an option, a keep or a position policy does not exist.
-    """
-    cells = [Compression(FULL, seed=config.seeds[0])]
-    given = [parse_method(text) for text in config.methods]
-    names = [name for name, _ in given]
-    methods = [*given, *((name, {}) for name in BASELINES if name not in names)]
-    for name, options in methods:
-        if name == FULL:
-            continue
-        swept = name in names or name == RANDOM
-        for keep in _keeps(vtc.method(name, **options), config.keeps):
-            for positions in config.positions if swept else config.positions[:1]:
-                for seed in config.seeds if name == RANDOM else config.seeds[:1]:
-                    cells.append(Compression(name, _written(keep), positions, seed, options))
-    return cells
-
-
-def _keeps(method: Method, keeps: tuple[float | int, ...]) -> list[float | int | None]:
-    if method.count == "adaptive":
-        return [None]
-    # an int of 1 is one token, 1.0 is everything, and the two are equal in Python
-    return [keep for keep in dict.fromkeys(keeps) if not (isinstance(keep, float) and keep == 1.0)]
+        return {
+            "rows": self.rows,
+            "summary": self.summary,
+            "notes": list(self.notes),
+            "report": str(self.report),
+        }
 
 
 def run(config: SweepConfig) -> SweepResult:
@@ -160,10 +151,19 @@ def run(config: SweepConfig) -> SweepResult:
         with quiet():
             loaded = load(config.model, config.device, dtype=config.dtype)
         _check(cells, loaded)
+        cells, same = distinct(cells, _depth(loaded))
         include = _include(config)
         tasks = _Tasks(config.tasks, include)
         samples = _run_cells(config, cells, loaded, tasks, include)
-        return _report(config, samples, loaded, tasks)
+        return _report(config, samples, loaded, tasks, (*left_out(config), *same))
+
+
+def _depth(loaded: Loaded) -> int:
+    """Decoder layers of the model."""
+    from vtc.adapters.registry import adapter_of
+
+    model: Any = adapter_of(loaded.model).language_model
+    return len(model.layers)
 
 
 def _check(cells: Sequence[Compression], loaded: Loaded) -> None:
@@ -199,7 +199,7 @@ def _run_cells(
     samples = []
     with tqdm(cells, desc="sweep", unit="cell", dynamic_ncols=True) as bar:
         for cell in bar:
-            bar.set_postfix_str(" ".join(_words(cell)))
+            bar.set_postfix_str(" ".join(words(cell)))
             found = store.load(settings(config, cell))
             if found is None:
                 found = _run_cell(config, cell, loaded, tasks.all, store)
@@ -212,27 +212,16 @@ def _report(
     samples: Sequence[tuple[Compression, list[dict[str, Any]]]],
     loaded: Loaded,
     tasks: _Tasks,
+    notes: tuple[str, ...],
 ) -> SweepResult:
     from vtc.evaluation import table
     from vtc.evaluation.fingerprint import environment
     from vtc.evaluation.report import write_outputs
 
     frame = table.samples_frame(samples)
-    result = SweepResult(*table.tables(frame), out=config.out, samples=frame)
+    result = SweepResult(*table.tables(frame), out=config.out, notes=notes, samples=frame)
     write_outputs(config, result, loaded, tasks.all if config.pictures else [], environment())
     return result
-
-
-def settings(config: SweepConfig, cell: Compression) -> dict[str, Any]:
-    """Everything that names a cell: two cells differ in it or are the same."""
-    return {
-        **dataclasses.asdict(cell),
-        "tasks": list(config.tasks),
-        "questions": config.questions,
-        "metric": config.metric,
-        "batch_size": config.batch_size,
-        "timed_samples": config.timed_samples,
-    }
 
 
 def _run_cell(
@@ -245,16 +234,17 @@ def _run_cell(
             model = Vtc(
                 loaded,
                 method=cell.method,
-                keep=_written(cell.keep),
+                keep=written(cell.keep),
                 positions=cell.positions,
                 seed=cell.seed,
                 batch_size=config.batch_size,
                 timed_samples=config.timed_samples,
+                time_full=True,
                 **cell.options,
             )
             results = evaluate(model, tasks, config.questions)
     except VtcError as error:
-        raise type(error)(f"cell {' '.join(_words(cell))}: {error}") from error
+        raise type(error)(f"cell {' '.join(words(cell))}: {error}") from error
     samples = [
         flat_sample(task, sample, config.metric)
         for task, logged in results["samples"].items()
@@ -264,22 +254,8 @@ def _run_cell(
     store.save(settings(config, cell), summary, samples)
     found = store.load(settings(config, cell))
     if found is None:
-        raise VtcError(f"cell {' '.join(_words(cell))} was written but cannot be read back")
+        raise VtcError(f"cell {' '.join(words(cell))} was written but cannot be read back")
     return found
-
-
-def _written(keep: float | int | str | None) -> str | None:
-    """`keep` as text that cannot be misread."""
-    return f"{keep}tok" if isinstance(keep, int) else None if keep is None else str(keep)
-
-
-def _words(cell: Compression) -> Iterator[str]:
-    yield cell.label
-    if cell.method != FULL:
-        yield f"keep={_written(cell.keep)}"
-        yield cell.positions
-    if cell.method == RANDOM:
-        yield f"seed={cell.seed}"
 
 
 def _include(config: SweepConfig) -> Path | None:

@@ -7,19 +7,39 @@ from typing import Any
 
 import pandas as pd
 
-from vtc.evaluation.compression import Compression
+from vtc.evaluation.compression import FULL, Compression, controls
 from vtc.evaluation.statistics import Interval, accuracy_interval, difference_interval
 
-FULL, RANDOM = "none", "random"
 CURVE = ["task", "label", "positions"]
 GROUP = [*CURVE, "keep"]
-MEANS = ("kept_fraction", "visual_tokens", "llm_tokens", "evidence_recall", "evidence_covered")
-MEDIANS = ("encoder_ms", "selector_ms", "ttft_ms", "tpot_ms", "kv_bytes", "peak_memory_bytes")
+MEANS = (
+    "kept_fraction",
+    "active_fraction",
+    "visual_tokens",
+    "llm_tokens",
+    "evidence_recall",
+    "evidence_covered",
+)
+MEDIANS = (
+    "encoder_ms",
+    "selector_ms",
+    "ttft_ms",
+    "ttft_ratio",
+    "tpot_ms",
+    "kv_bytes",
+    "peak_memory_bytes",
+)
+# what lies between them is the middle 60 % of the timed questions
+_SPREAD = {"p20": 0.2, "p80": 0.8}
 Row = dict[str, Any]
 
 
 def samples_frame(cells: Iterable[tuple[Compression, Sequence[Mapping[str, Any]]]]) -> pd.DataFrame:
-    """One line per cell and question."""
+    """One line per cell and question.
+
+    `ttft_ratio` is the time to the first token over the full model's on the same question, taken
+    right before.
+    """
     lines = [
         {
             "label": cell.label,
@@ -34,8 +54,9 @@ def samples_frame(cells: Iterable[tuple[Compression, Sequence[Mapping[str, Any]]
         for sample in samples
     ]
     frame = pd.DataFrame(lines)
-    for name in (*MEANS, *MEDIANS):
+    for name in (*MEANS, *MEDIANS, "full_ttft_ms"):
         frame[name] = pd.to_numeric(frame[name]) if name in frame else float("nan")
+    frame["ttft_ratio"] = frame["ttft_ms"] / frame["full_ttft_ms"]
     return frame
 
 
@@ -57,24 +78,49 @@ def scores(part: pd.DataFrame) -> pd.Series:
     return mean
 
 
-def curves(summary: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows by task, method and positions, most tokens first; the full model starts each of them."""
+def curves(
+    summary: Sequence[Row], by: str = "kept_fraction"
+) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by task, method and positions, the largest share first; the full model starts each.
+
+    Args:
+        summary: rows with seeds averaged.
+        by: `"kept_fraction"` or `"active_fraction"`.
+    """
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in summary:
         if row["method"] != FULL:
             found.setdefault((row["task"], row["label"], row["positions"]), []).append(row)
     for (task, _, _), rows in found.items():
         full = [row for row in summary if row["method"] == FULL and row["task"] == task]
-        rows[:] = full + sorted(rows, key=lambda row: -row["kept_fraction"])
+        rows[:] = full + sorted(rows, key=lambda row: -row[by])
     return found
+
+
+def drops_tokens(rows: Iterable[Row]) -> bool:
+    """Whether a method keeps fewer tokens somewhere; if not, only layers can tell its budgets."""
+    return any(row["method"] != FULL and row["kept_fraction"] < 1 for row in rows)
+
+
+def control(rows: Sequence[Row], row: Row) -> Row | None:
+    """The row that chooses at random what `row` chooses, at the same keep, if there is one.
+
+    Under the same positions where it was run under them.
+    """
+    for label in controls(row["method"], row["options"]):
+        if label == row["label"]:
+            return None
+        key = (row["task"], label, row["keep"])
+        same = [r for r in rows if (r["task"], r["label"], r["keep"]) == key]
+        if same:
+            return next((r for r in same if r["positions"] == row["positions"]), same[0])
+    return None
 
 
 def pick(frame: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
     """The samples of a row."""
-    mask = pd.Series(True, index=frame.index)
-    for name in (*GROUP, *(["seed"] if row["seed"] is not None else [])):
-        mask &= frame[name] == row[name]
-    return frame[mask]
+    names = [*GROUP, *(["seed"] if row["seed"] is not None else [])]
+    return frame[_of(frame, **{name: row[name] for name in names})]
 
 
 def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
@@ -91,30 +137,39 @@ def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
         }
     row |= {name: _number(part[name].mean()) for name in MEANS}
     row |= {name: _number(part[name].median()) for name in MEDIANS}
+    row |= {f"ttft_ratio_{p}": _number(part["ttft_ratio"].quantile(q)) for p, q in _SPREAD.items()}
     row["n_timed"] = int(part["ttft_ms"].notna().sum())
-    row |= _difference("vs_full", own, _reference(frame, first, FULL))
-    against = _reference(frame, first, RANDOM) if first["label"] != RANDOM else frame.iloc[:0]
-    row |= _difference("vs_random", own, against)
+    row |= _difference("vs_full", own, frame[_of(frame, task=first["task"], label=FULL)])
+    row |= _difference("vs_random", own, _control(frame, first))
     row |= _difference("vs_original_ids", own, _with_original_ids(frame, first, seeds))
     return row
 
 
-def _reference(frame: pd.DataFrame, of: pd.Series, method: str) -> pd.DataFrame:
-    """The samples to compare with: the full model, or `random` at the same keep and positions."""
-    found: pd.DataFrame = frame[(frame["task"] == of["task"]) & (frame["label"] == method)]
-    if method != FULL:
-        found = found[(found["keep"] == of["keep"]) & (found["positions"] == of["positions"])]
-    return found
+def _control(frame: pd.DataFrame, of: pd.Series) -> pd.DataFrame:
+    """The samples that were chosen at random, at the same keep and positions."""
+    same = {name: of[name] for name in ("task", "keep", "positions")}
+    for label in controls(of["method"], of["options"]):
+        if label == of["label"]:
+            break
+        if (mask := _of(frame, label=label, **same)).any():
+            return frame[mask]
+    return frame.iloc[:0]
 
 
 def _with_original_ids(frame: pd.DataFrame, of: pd.Series, seeds: Any) -> pd.DataFrame:
     """The same method, budget and seeds with original position ids; nothing if these are they."""
     if of["positions"] == "keep":
         return frame.iloc[:0]
-    mask = (frame["positions"] == "keep") & frame["seed"].isin(seeds)
-    for name in ("task", "label", "keep"):
-        mask &= frame[name] == of[name]
-    return frame[mask]
+    same = {name: of[name] for name in ("task", "label", "keep")}
+    return frame[_of(frame, positions="keep", **same) & frame["seed"].isin(seeds)]
+
+
+def _of(frame: pd.DataFrame, **wanted: Any) -> pd.Series:
+    """Which samples have these values: `bool` by sample."""
+    mask = pd.Series(True, index=frame.index)
+    for name, value in wanted.items():
+        mask &= frame[name] == value
+    return mask
 
 
 def _difference(name: str, own: pd.Series, other: pd.DataFrame) -> Row:

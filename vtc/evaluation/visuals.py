@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtc.errors import UnsupportedModeError
-from vtc.evaluation.measure import Numbers, evidence_numbers
+from vtc.evaluation.measure import Numbers, evidence_numbers, last_left
 from vtc.types import Selection
 
 
@@ -97,7 +97,7 @@ def evidence(
     Args:
         doc: the question; `doc["evidence"]` has boxes, for several pictures or frames a list each.
         visuals: what it shows.
-        selections: `handle.selections` of the call that has just returned.
+        selections: `handle.remaining` of the call that has just returned.
         numbers: the question's visuals in the call.
     """
     shown = visuals.shown
@@ -113,9 +113,7 @@ def evidence(
         ]
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: _mean([part[name] for part in parts if name in part]) for name in names}
-    return (
-        _clip_evidence(boxes, shown[0].size, selections[-1], numbers) if len(numbers) == 1 else {}
-    )
+    return _clip_evidence(boxes, shown[0].size, selections, numbers[0]) if len(numbers) == 1 else {}
 
 
 def _mean(values: Sequence[float | int | None]) -> float:
@@ -124,15 +122,14 @@ def _mean(values: Sequence[float | int | None]) -> float:
 
 
 def _clip_evidence(
-    boxes: Sequence[Any], size: tuple[int, int], selection: Selection, numbers: range
+    boxes: Sequence[Any], size: tuple[int, int], selections: Sequence[Selection], number: int
 ) -> Numbers:
     """Of a clip that is one visual of several temporal grids, each made of some frames."""
     from vtc.testbed import evidence_tokens
 
-    groups = (selection.parent[:, 0] == numbers[0]).nonzero()[:, 0].tolist()
-    if len(groups) != 1:
+    if (left := last_left(selections, number)) is None:
         return {}
-    group = groups[0]
+    selection, group = left
     grids, height, width = selection.grid[group]
     if selection.lengths[group] != grids * height * width or len(boxes) % grids:
         return {}
