@@ -50,3 +50,29 @@ def test_forward_equals_the_mask_oracle_on_sdpa(
         got = flash(**inputs).logits[:, -1]
     want = stock(**masked(stock, family, inputs, handle.selections)).logits[:, -1]
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+SINKS: dict[str, Any] = {"dims": (3, 17), "tau": 1.5, "rho": 1.0, "least": 0.0}
+OVER_LAYERS = {
+    "naavit": vtc.method("naavit", layers=(1, 2)),
+    "shortv": vtc.method("shortv", layers=(0, 3)),
+    "var": vtc.method("var", **SINKS),
+    "naavit and var": vtc.compose(vtc.method("naavit", layers=(1, 2)), vtc.method("var", **SINKS)),
+}
+
+
+@pytest.mark.parametrize("prompt", ["batch 1", "ragged"])
+@pytest.mark.parametrize("name", OVER_LAYERS)
+def test_methods_over_layers_equal_those_on_sdpa(
+    name: str, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flash, stock = build_model("llava"), build_model("llava")
+    inputs = build_inputs("llava", PROMPTS[prompt])
+    use_like_flash(flash, monkeypatch)
+    found = []
+    for model in (flash, stock):
+        with vtc.patch(model, OVER_LAYERS[name]):
+            found.append(run(model, inputs, return_dict_in_generate=True, output_logits=True))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    got, want = (torch.stack(out.logits) for out in found)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -31,6 +31,7 @@ class Reread:
         near: `bool[B, 1, R, T]`, for visual rows the keys within the radius; None: no radius.
         behind: the queries behind the last visual key, as the text rows of a split; None: all.
         held: keys before the first query's own; None: the queries' own keys are the last.
+        masked: whether the mask given is one that the implementation that was there cannot take.
     """
 
     rule: LayerRule
@@ -39,6 +40,7 @@ class Reread:
     near: Tensor | None = None
     behind: Split | None = None
     held: int | None = None
+    masked: bool = False
 
     def attend(
         self,
@@ -58,7 +60,7 @@ class Reread:
         keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
         if rule.heads is not None and not bool(rule.heads.all()):
             out = self._by_head(query, keys, values, seen, visual, scale)
-        elif seen is not visible:
+        elif seen is not visible or self.masked:
             out = attended(query, keys, values, seen, scale)
         else:
             out, _ = stock(query, key, value, mask)

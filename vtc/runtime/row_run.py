@@ -257,6 +257,8 @@ class RowRun:
                 asking=None if short else sequence.split,
                 near=None if radius is None else sequence.near(radius, visual),
                 held=held,
+                # flash attention takes none of four dimensions
+                masked=short and implementation(module.self_attn) not in ("eager", "sdpa"),
                 behind=sequence.tail_of_text if short else sequence.tail,
             )
             stack.enter_context(intercepted(module.self_attn, reread.attend))

@@ -79,6 +79,8 @@ def behind(
             return None
         now = torch.zeros_like(visual) if now is None else now.to(visual.device)
         then = visual.new_zeros(len(visual), 0) if then is None else then.to(visual.device)
+        # rows that beams, or several sequences for a prompt, have left in the cache
+        then = then.repeat_interleave(len(visual) // len(then), 0)
         return torch.cat([F.pad(then, (0, held - then.shape[1])), now], 1)
 
     whole = replace(
