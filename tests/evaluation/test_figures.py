@@ -111,7 +111,7 @@ def test_against_active_tokens_all_methods_are_drawn_under_one_policy(many):
 def test_the_time_figure_names_the_machine_and_the_full_models_time(many):
     found = texts(figures.time_plot(many, {}, "a slow machine, 1 thread")["svg"])
     assert any("(10 ms on a slow machine, 1 thread)" in text for text in found)
-    assert any(text.startswith("median of 4 questions") for text in found)
+    assert any(text.startswith("median of 4 timed") for text in found)
 
 
 def test_without_times_there_is_no_time_figure(summary):

@@ -84,3 +84,22 @@ def test_no_number_is_cut_on_any_screen(summary, width, monkeypatch, capsys):
         shown = as_dict(row)
         del shown["tokens"]
         assert line.split() == " ".join(shown.values()).split()
+
+
+@pytest.mark.parametrize(
+    ("label", "short"),
+    [
+        ("shortv", "shortv"),
+        ("shortv:calibration=/a/b/c.json", "shortv:calibration=c.json"),
+        (
+            "shortv:calibration='/a b/c d.json',scorer=random",
+            "shortv:calibration=c d.json,scorer=random",
+        ),
+        (
+            "naavit:calibration=c.json@0.5+var:calibration=/x/y.json",
+            "naavit:calibration=c.json@0.5+var:calibration=y.json",
+        ),
+    ],
+)
+def test_folders_are_left_out_of_names(label, short):
+    assert printed.short(label) == short

@@ -91,7 +91,7 @@ def test_the_report_shows_all_figures_and_each_plan_once(rows):
     assert [base64.b64decode(d) for d in drawn] == [
         (rows.out / f"{name}.svg").read_bytes() for name in names
     ]
-    charts = re.findall(r'src="data:image/png;base64,([^"]+)" alt="([^"]+): decoder layers"', text)
+    charts = re.findall(r'src="data:image/jpeg;base64,([^"]+)" alt="([^"]+): decoder layers"', text)
     assert [alt.partition(":")[0] for _, alt in charts] == [
         "shortv",
         "yopo",
@@ -103,10 +103,20 @@ def test_the_report_shows_all_figures_and_each_plan_once(rows):
             assert image.height > image.width / 2
 
 
+def test_no_folder_of_the_machine_is_named_beside_a_method(rows):
+    text = rows.report.read_text()
+    (row,) = [row for row in rows.summary if row["keep"] == "0.5" and "shortv" in row["method"]]
+    folder = row["options"]["calibration"].rpartition("/")[0]
+    # the command is what was typed
+    before, _, behind = text.partition("<pre>")
+    everything = before + behind.partition("</pre>")[2]
+    assert "shortv:calibration=calibration.json" in everything and folder not in everything
+
+
 def test_only_what_drops_tokens_is_drawn_over_the_pictures(rows):
     text = rows.report.read_text()
     alts = re.findall(r'src="data:image/jpeg;base64,[^"]+" alt="([^"]+)"', text)
-    shown = [alt.partition(": ")[0] for alt in alts]
+    shown = [alt.partition(": ")[0] for alt in alts if not alt.endswith(": decoder layers")]
     assert not [alt for alt in shown if alt.startswith(("shortv", "yopo", "sink_removal"))]
     assert {"full model", "random", "uniform", "average_pool", "downsample"} <= set(shown)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vtc.evaluation.compression import FULL, RANDOM
 from vtc.evaluation.groups import grouped
+from vtc.evaluation.printed import short
 from vtc.evaluation.table import Row, curves, drops_tokens
 
 # Okabe and Ito's palette: told apart with any color vision, and by brightness on gray paper
@@ -105,7 +106,7 @@ def time_plot(
     policy, where = _first_policy(summary), f" on {machine}" if machine else ""
     title = (
         f"time to first token: share of the full model's ({full['ttft_ms']:.0f} ms{where}),\n"
-        f"median of {full['n_timed']} questions, bars: 20th to 80th percentile"
+        f"median of {full['n_timed']} timed, bars: 20th to 80th percentile"
     )
     axis = _Axis("ttft_ratio", title, logarithmic=False, policy=policy)
     return _plot(timed, _under(policy, curves(timed, "active_fraction")), chance, axis)
@@ -246,7 +247,7 @@ def _curve(
     for full in (row for row in points if row["method"] == FULL):
         if axis.logarithmic and len(own) > 1:
             axes.plot([full[axis.name], x[0]], [100 * full["accuracy"], y[0]], **style)
-    named = f"{label}, {positions}" if axis.policy is None else label
+    named = short(label) if axis.policy else f"{short(label)}, {positions}"
     axes.errorbar(
         x,
         y,

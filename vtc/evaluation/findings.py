@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from vtc.evaluation.compression import FULL, RANDOM, controls
-from vtc.evaluation.printed import percent, points
+from vtc.evaluation.printed import percent, points, short
 from vtc.evaluation.statistics import Interval, difference_interval
 from vtc.evaluation.table import Row, control, curves, drops_tokens, pick, scores
 
@@ -104,7 +104,7 @@ def _difference(frame: pd.DataFrame, a: Row, b: Row) -> Interval:
 
 def _name(row: Row) -> str:
     seeds = f", mean of {row['seeds']} seeds" if row["seeds"] > 1 else ""
-    return f"{row['label']} ({row['positions']}{seeds})"
+    return f"{short(row['label'])} ({row['positions']}{seeds})"
 
 
 def _of(summary: Sequence[Row], row: Row) -> str:

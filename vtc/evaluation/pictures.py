@@ -99,7 +99,7 @@ def layer_pictures(
                 if handle.plans:
                     drawn = handle.plot(seen)
                     answer, right = str(own["answer"]).strip(), own["score"] >= 0.5
-                    found.append(Shown(_titled(row), _png_uri(drawn), answer, right))
+                    found.append(Shown(_titled(row), _data_uri(drawn, None), answer, right))
     return found
 
 
@@ -170,18 +170,11 @@ def _asked(sample: pd.Series, row: Row, loaded: Loaded, image: Image.Image) -> I
         yield handle
 
 
-def _data_uri(image: Image.Image) -> str:
+def _data_uri(image: Image.Image, width: int | None = 336) -> str:
+    """A JPEG of this width; None: as wide as it is, for charts with letters."""
+    shown = image.convert("RGB")
+    if width is not None:
+        shown = shown.resize((width, round(width * image.height / image.width)))
     buffer = io.BytesIO()
-    image.convert("RGB").resize((336, round(336 * image.height / image.width))).save(
-        buffer, "JPEG", quality=86
-    )
+    shown.save(buffer, "JPEG", quality=86)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _png_uri(image: Image.Image) -> str:
-    """For charts: flat colors and letters, which JPEG would blur."""
-    buffer = io.BytesIO()
-    image.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(
-        buffer, "PNG", optimize=True
-    )
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

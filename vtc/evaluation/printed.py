@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ COLUMNS = (
 )
 # the screen has less room than the page
 _NOT_ON_SCREEN = ("tokens",)
+# a file as an option has it: in quotes of either kind, or bare
+_NAMED = re.compile(
+    r"""calibration=(?:'(?:[^']*/)?([^'/]+)'|"(?:[^"]*/)?([^"/]+)"|(?:[^,@+'"]*/)?([^,@+'"/]+))"""
+)
 # where a comparison would be one with itself
 _NONE = "—"
 
@@ -50,8 +55,13 @@ def cells(row: Row) -> list[str]:
 
 
 def name(row: Row) -> str:
-    """What a row's method is called."""
-    return "full model" if row["method"] == FULL else str(row["label"])
+    """What a row's method is called; of a calibration file, only the name."""
+    return "full model" if row["method"] == FULL else short(row["label"])
+
+
+def short(label: str) -> str:
+    """A label without the folders of a file that it names: they say nothing about the method."""
+    return _NAMED.sub(lambda found: "calibration=" + next(filter(None, found.groups())), label)
 
 
 def percent(value: float | None, digits: int) -> str:

@@ -134,7 +134,7 @@ def _page(
             abs(row["active_fraction"] - row["kept_fraction"]) > 1e-6 for row in result.summary
         ),
         columns=printed.COLUMNS,
-        notes=result.notes,
+        notes=[printed.short(note) for note in result.notes],
         **shown,
         losses=findings.losses(result.samples, result.summary),
         bends=findings.bends(result.samples, result.summary),
