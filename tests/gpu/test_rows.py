@@ -1,5 +1,5 @@
-"""On a CUDA device, methods over decoder layers: the tokens and plans of the CPU, in every mode; and
-flash attention's rule of two against plain torch in bf16."""
+"""On a CUDA device, methods over decoder layers: the tokens and plans of the CPU in every mode, and
+in bf16 an error of at most twice that of plain torch."""
 
 from __future__ import annotations
 
