@@ -106,7 +106,7 @@ def shared_out(
     # nobody to give to is nothing to give
     done = own.any(-1) & (portion <= rule.rho) & (seen >= rule.least) & (theirs.sum(-1) > 0)
     budget = (1 - rule.p) * (a * sinks).sum(-1, keepdim=True)
-    raised = a + budget * theirs / theirs.sum(-1, keepdim=True)
+    raised = a + budget * theirs / theirs.sum(-1, keepdim=True).clamp_min(1e-30)
     new = torch.where(sinks, a * rule.p, torch.where(others, raised, a))
     return torch.where(done[..., None], new, a), portion, seen, done
 
@@ -118,8 +118,9 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _softmax(logits: Tensor, seen: Tensor) -> Tensor:
     """Over what is seen; nothing where nothing is."""
-    highest = logits.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True)
-    e = torch.where(seen, (logits - highest).exp(), 0.0)
+    logits = logits.masked_fill(~seen, -torch.inf)
+    highest = logits.detach().amax(-1, keepdim=True).clamp_min(-1e30)
+    e = (logits - highest).exp()
     return e / e.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
