@@ -63,6 +63,16 @@ def test_layers_that_an_order_does_not_name_have_the_highest_bars():
     assert heights.tolist() == [2, 76, 76]
 
 
+@pytest.mark.parametrize("scores", [[100.0, 1e-3, 1.0, 10.0], [100.0, 0.0, 1e-3, 1.0]], ids=str)
+def test_scores_far_apart_are_still_told_apart(scores):
+    image = layer_chart(skipping([], 4, torch.tensor(scores)))
+    starts, _ = columns(image, 4, rows=2)
+    heights = (np.asarray(image)[:84] == BLUE).all(-1).sum(0)[starts].tolist()
+    assert np.argsort(heights).tolist() == np.argsort(scores).tolist()
+    assert len(set(heights)) == 4 and heights[0] == 76
+    assert all(h > 2 for h, s in zip(heights, scores, strict=True) if s > 0)
+
+
 def test_what_every_layer_does_as_in_stock_has_no_row():
     plain, heads = LayerRule(), torch.tensor([True, True, False, False])
     height = layer_chart(LayerPlan((plain,) * 4)).height

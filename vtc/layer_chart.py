@@ -145,22 +145,23 @@ def _heights(scores: Sequence[float]) -> list[float]:
     """Scores as numbers in [0, 1]; infinite ones, of layers that an order does not name, as 1."""
     finite = [s for s in scores if math.isfinite(s)]
     if not finite:
-        return [1.0 if s > 0 else 0.0 for s in scores]
+        return [float(s > 0) for s in scores]
+    low, high = min(0.0, *finite), max(finite)
     if _logarithmic(scores):
-        scores = [math.log(s) if math.isfinite(s) else s for s in scores]
-        finite = [math.log(s) for s in finite]
-        low = min(finite) - 0.08 * (max(finite) - min(finite))
-    else:
-        low = min(0.0, *finite)
-    span = (max(finite) - low) or 1.0
+        # zero has no logarithm: it stands where the lowest other would have no bar
+        least, most = math.log(min(s for s in finite if s > 0)), math.log(high)
+        low, high = least - 0.08 * (most - least), most
+        scores = [math.log(s) if 0 < s < math.inf else s if s else low for s in scores]
+    span = (high - low) or 1.0
     return [
         min(1.0, max(0.0, (s - low) / span)) if math.isfinite(s) else float(s > 0) for s in scores
     ]
 
 
 def _logarithmic(scores: Sequence[float]) -> bool:
-    finite = [s for s in scores if math.isfinite(s)]
-    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > _LINEAR
+    """Whether some of the scores would be too low to see beside others, and none is negative."""
+    positive = [s for s in scores if 0 < s < math.inf]
+    return bool(positive) and min(scores) >= 0 and max(positive) / min(positive) > _LINEAR
 
 
 def _scale(scores: Tensor) -> str:
