@@ -147,7 +147,7 @@ BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no Triton kernel": (
         {"method": "vtc_cls", "keep": 0.5, "kernels": "triton"},
         errors.OptionError,
-        "no Triton kernel",
+        "expected a CUDA device",
     ),
     "seed of a wrong type": (
         {"method": "random", "keep": 0.5, "seed": "0"},

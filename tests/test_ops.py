@@ -64,7 +64,7 @@ def test_rows_that_stand_in_for_cls(
     valid[1], valid[2] = True, False
     for x in (q, k):
         x.masked_fill_(~valid[:, None, :, None], filler)
-    mean, received = (f(q, k, 0.4, valid) for f in (ops.mean_query_row, ops.received_row))
+    mean, received = (f(q, k, 0.4, valid) for f in (ops.mean_query_row, ops.attention_received))
     for row in (mean, received):
         assert row.dtype == torch.float32
         assert (row[~valid] == 0).all()

@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vtc.errors import OptionError
+from vtc.dispatch import accelerated, constant
 
 # numbers in the largest attention map formed at once: 64 MiB of float32
 _MAP = 2**24
 
 
+@accelerated
 def attention_rows(q: Tensor, k: Tensor, scale: float, valid: Tensor | None = None) -> Tensor:
     """Softmax attention of a few queries to all keys, averaged over heads; N×N is never formed.
 
@@ -53,7 +54,8 @@ def mean_query_row(q: Tensor, k: Tensor, scale: float, valid: Tensor) -> Tensor:
     return attention_rows(mean, k, scale, valid)[:, 0].masked_fill(~valid, 0)
 
 
-def received_row(q: Tensor, k: Tensor, scale: float, valid: Tensor) -> Tensor:
+@accelerated
+def attention_received(q: Tensor, k: Tensor, scale: float, valid: Tensor) -> Tensor:
     """Attention that each key receives, averaged over heads and valid queries; N×N is formed in
     parts only.
 
@@ -129,6 +131,7 @@ def massive_activation(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.stack([x[..., d] for d in dims], -1).abs().amax(-1) / size
 
 
+@accelerated
 def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """The `counts[g]` highest scores of each group, as ascending indices; ties go to the lowest
     index.
@@ -146,7 +149,7 @@ def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
     # a second stable sort puts invalid tokens last whatever their score, -inf included
     by_score = by_score.gather(1, (~valid).gather(1, by_score).int().argsort(dim=-1, stable=True))
     rank = torch.arange(width, device=scores.device)
-    keep_valid = rank < counts.to(scores.device)[:, None]
+    keep_valid = rank < constant(tuple(counts.tolist()), scores.device)[:, None]
     index = by_score[:, :width].masked_fill(~keep_valid, scores.shape[1])
     return index.sort(-1).values.masked_fill(~keep_valid, 0), keep_valid
 
@@ -159,7 +162,8 @@ def topk_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
     return mask.scatter(1, keep.masked_fill(~keep_valid, valid.shape[1]), True)[:, :-1]
 
 
-def greedy_diversity(
+@accelerated
+def greedy_diverse(
     features: Tensor,
     valid: Tensor,
     counts: Tensor,
@@ -199,13 +203,16 @@ def greedy_diversity(
         else:
             likeness = cosine if i == 1 else likeness + cosine
         chosen.append(likeness.masked_fill(taken, float("inf")).argmin(-1))
-    keep_valid = torch.arange(width, device=x.device) < counts.to(x.device)[:, None]
+    keep_valid = (
+        torch.arange(width, device=x.device) < constant(tuple(counts.tolist()), x.device)[:, None]
+    )
     if not width:
         return keep_valid.long(), keep_valid
     index = torch.stack(chosen, 1).masked_fill(~keep_valid, valid.shape[1])
     return index.sort(-1).values.masked_fill(~keep_valid, 0), keep_valid
 
 
+@accelerated
 def compact(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """Gather rows: `out[b, l] = x[b, index[b, l]]`, zeros where not valid.
 
@@ -219,16 +226,3 @@ def compact(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, index].masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0)
-
-
-def choose_backend(kernels: str) -> str:
-    """Which implementation runs: `"torch"`; asking for Triton where there is no kernel is an
-    error."""
-    if kernels not in ("auto", "torch", "triton"):
-        raise OptionError(f"kernels={kernels!r} is unknown; expected 'auto', 'torch' or 'triton'")
-    if kernels == "triton":
-        raise OptionError(
-            "kernels='triton' was asked for, but this version has no Triton kernel for the "
-            "operations used; pass kernels='auto'"
-        )
-    return "torch"

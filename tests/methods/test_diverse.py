@@ -58,9 +58,7 @@ def fan() -> torch.Tensor:
 def test_vectors_at_angles(objective: Any, k: int, want: list[int]) -> None:
     valid = torch.ones(1, 6, dtype=torch.bool)
     for n in range(1, k + 1):
-        keep, _ = ops.greedy_diversity(
-            fan(), valid, torch.tensor([n]), torch.tensor([1]), objective
-        )
+        keep, _ = ops.greedy_diverse(fan(), valid, torch.tensor([n]), torch.tensor([1]), objective)
         assert keep[0].tolist() == sorted(want[:n])
     assert naive(fan()[0].tolist(), 1, k, objective) == want
 
@@ -94,7 +92,7 @@ def test_zero_vectors_and_copies_are_ties_for_the_lowest_index(objective: Any) -
     x = torch.zeros(1, 7, 3)
     x[0, 2] = torch.tensor([1.0, 0, 0])
     x[0, [4, 6]] = torch.tensor([-1.0, 0, 0])
-    keep, _ = ops.greedy_diversity(
+    keep, _ = ops.greedy_diverse(
         x, torch.ones(1, 7).bool(), torch.tensor([3]), torch.tensor([2]), objective
     )
     # opposite the pivot first, the lower copy of it; then a zero vector
@@ -108,7 +106,7 @@ def test_still_frames_tie_exactly_wherever_they_stand(objective: Any, n: int, di
     frame = torch.randn(1, n, dim, generator=torch.Generator().manual_seed(n))
     video = frame.repeat(1, 3, 1)
     one, three = (
-        ops.greedy_diversity(
+        ops.greedy_diverse(
             x, torch.ones(x.shape[:2]).bool(), torch.tensor([n]), torch.tensor([1]), objective
         )[0]
         for x in (frame, video)
@@ -116,7 +114,7 @@ def test_still_frames_tie_exactly_wherever_they_stand(objective: Any, n: int, di
     assert one[0].tolist() == list(range(n))
     if objective == "k_center":  # a copy is as near as can be: all of one frame comes first
         assert torch.equal(one, three)
-    keep, _ = ops.greedy_diversity(
+    keep, _ = ops.greedy_diverse(
         video, torch.ones(1, 3 * n).bool(), torch.tensor([3]), torch.tensor([1]), objective
     )
     kept = set(keep[0].tolist())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from vtc import ops
+from vtc import dispatch
 from vtc.adapters.registry import adapter_of, stock_of
 from vtc.errors import OptionError, PatchError, UnsupportedModeError
 from vtc.methods.base import Method, Positions
@@ -261,8 +261,8 @@ def patch(
         )
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise OptionError(f"seed={seed!r} is a {type(seed).__name__}, expected an int")
-    backend = ops.choose_backend(kernels)
     adapter = adapter_of(model)
+    kernels = dispatch.checked(kernels, adapter.model.device)
     if (patched := _handle_of(adapter.model)) is not None:
         raise PatchError(
             f"this model is patched already with {patched.method!r}; call vtc.unpatch(model) "
@@ -270,7 +270,7 @@ def patch(
         )
     policy = chosen.published_positions if positions == "published" else positions
     session = Session(adapter, chosen, budget, policy, operator.index(seed))
-    return Handle(session, positions, backend)
+    return Handle(session, positions, kernels)
 
 
 def unpatch(model: nn.Module) -> None:

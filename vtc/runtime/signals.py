@@ -15,6 +15,7 @@ from vtc.runtime.rows import Run
 from vtc.types import LLM_HIDDEN, Signal
 
 _PIXELS = "image_key"
+_ROWS = {"mean_query_row": ops.mean_query_row, "received_row": ops.attention_received}
 # what is computed in the place of a [CLS] row, where a method declares it
 STAND_INS = {
     "mean_query_row": "attention of the mean query",
@@ -104,7 +105,7 @@ class EncoderSignals:
                 valid = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
             for kind in {k for s, k in self.kinds.items() if block in self.windows[s]}:
                 if kind != "random_row":
-                    rows = getattr(ops, kind)(query, key, scale, valid)
+                    rows = _ROWS[kind](query, key, scale, valid)
                     self._note(block, kind, run.by_unit(rows))
         self._chunks.clear()
 
@@ -128,7 +129,7 @@ class EncoderSignals:
             query = layout.assembled(queries)
             for kind in {k for s, k in self.kinds.items() if block in self.windows[s]}:
                 if kind != "random_row":
-                    found[kind] = getattr(ops, kind)(query, key, scale, patches)
+                    found[kind] = _ROWS[kind](query, key, scale, patches)
         for kind, rows in found.items():
             self._note(block, kind, layout.spread(rows.unflatten(1, (-1, layout.m)).mean(-1)))
 

@@ -34,7 +34,5 @@ def diverse(
     pivot, _ = ops.group_topk(scores, tokens.valid, counts.clamp_max(1))
     if not pivot.shape[1]:
         return selection_of(tokens, pivot, pivot.bool())
-    keep, valid = ops.greedy_diversity(
-        tokens.features, tokens.valid, counts, pivot[:, 0], objective
-    )
+    keep, valid = ops.greedy_diverse(tokens.features, tokens.valid, counts, pivot[:, 0], objective)
     return selection_of(tokens, keep, valid)
