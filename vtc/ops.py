@@ -15,6 +15,9 @@ from vtc.dispatch import accelerated, constant
 
 # numbers in the largest attention map formed at once: 64 MiB of float32
 _MAP = 2**24
+# share of its own diagonal below which nothing is left of a token in `greedy_map`: in float32 what
+# rounding leaves of kernels of 96 to 576 tokens whose rank is exhausted stayed below 1e-5
+SPENT = 2.0**-15
 
 
 @accelerated
@@ -226,3 +229,89 @@ def compact(x: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """
     rows = torch.arange(len(x), device=x.device)[:, None]
     return x[rows, index].masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0)
+
+
+@accelerated
+def greedy_map(kernel: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy MAP inference of a determinantal point process: again and again the token that adds
+    most to the determinant of the chosen ones' kernel; ties go to the lowest index.
+
+    By the incremental Cholesky factor of Chen et al., "Fast Greedy MAP Inference for Determinantal
+    Point Process", algorithm 1, as CDPruner runs it; O(N·K²) in float32. What is left of a token
+    whose share of its own diagonal falls below `SPENT` (copies of chosen ones, all tokens once the
+    rank is exhausted) counts as 0: the published code divides by the root of what rounding left.
+
+    Args:
+        kernel: `[G, N, N]`, symmetric positive semi-definite (`diag(relevance)·similarity·
+            diag(relevance)` in CDPruner).
+        valid: `bool[G, N]`; an invalid token is never chosen and its entries are not looked at.
+        counts: `int64[G]` on the CPU, at most the valid tokens of the group.
+
+    Returns:
+        `keep`, `int64[G, K]` with K = max(counts), ascending, 0 where not valid, and `bool[G, K]`.
+    """
+    width, n = int(counts.max()) if len(counts) else 0, valid.shape[1]
+    kernel = kernel.float().masked_fill(~(valid[:, None] & valid[..., None]), 0)
+    diagonal = kernel.diagonal(dim1=-2, dim2=-1)
+    groups, taken, left = torch.arange(len(kernel), device=kernel.device), ~valid, diagonal
+    factor, chosen = kernel.new_zeros(len(kernel), width, n), []  # [G, K, N]
+    for i in range(width):
+        j = left.masked_fill(taken, float("-inf")).argmax(-1)
+        # a product and a sum, so that equal tokens tie exactly: see `greedy_diverse`
+        known = (factor[:, :i] * factor[groups, :i, j][..., None]).sum(1)
+        pivot = left.gather(1, j[:, None])
+        row = torch.where(pivot > 0, (kernel[groups, j] - known) / pivot.sqrt(), 0)
+        left = left - row * row
+        left = left.masked_fill(left <= SPENT * diagonal, 0)
+        factor[:, i], taken = row, taken.scatter(1, j[:, None], True)
+        chosen.append(j)
+    keep_valid = (
+        torch.arange(width, device=valid.device)
+        < constant(tuple(counts.tolist()), valid.device)[:, None]
+    )
+    if not width:
+        return keep_valid.long(), keep_valid
+    index = torch.stack(chosen, 1).masked_fill(~keep_valid, n)
+    return index.sort(-1).values.masked_fill(~keep_valid, 0), keep_valid
+
+
+@accelerated
+def packed_index(used: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Where rows are True, as ascending indices against the right edge of `width` columns; of a row
+    with more entries the last ones.
+
+    Args:
+        used: `bool[B, T]`.
+        width: columns of the result.
+
+    Returns:
+        `int64[B, width]`, 0 on the padding at the left, and `bool[B, width]`, False there.
+    """
+    rows, length = used.shape
+    index = torch.where(used, torch.arange(length, device=used.device), -1).sort(-1).values
+    index = index[:, max(0, length - width) :]
+    index = torch.cat([index.new_full((rows, width - index.shape[1]), -1), index], 1)
+    return index.clamp_min(0), index >= 0
+
+
+@accelerated
+def group_merge(x: Tensor, slot: Tensor, token: Tensor, weight: Tensor, slots: int) -> Tensor:
+    """Weighted sums of the tokens of each group: `out[g, slot] += weight · x[g, token]` over the
+    pairs of a sparse triple, as in `Selection.merge`; zeros in slots that no pair names.
+
+    Args:
+        x: `[G, N, ...]`.
+        slot: `int64[G, P]`, in 0..slots−1.
+        token: `int64[G, P]`, in 0..N−1.
+        weight: `[G, P]`; a pair of weight 0 is padding, whatever its token holds.
+        slots: S, how many sums each group has.
+
+    Returns:
+        `[G, S, ...]` in the dtype of `x`, summed in float32.
+    """
+    group = torch.arange(len(x), device=x.device)[:, None].expand_as(slot)
+    weight = weight.float().view(*weight.shape, *[1] * (x.dim() - 2))
+    # `where`, not a product: a padding pair must not carry a NaN of its token
+    terms = torch.where(weight != 0, x[group, token].float() * weight, 0)  # [G, P, ...]
+    sums = torch.zeros(len(x), slots, *x.shape[2:], device=x.device)
+    return sums.index_put((group, slot), terms, accumulate=True).to(x.dtype)

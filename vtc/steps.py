@@ -119,6 +119,7 @@ def narrowed(tokens: Tokens, left: Selection, vectors: Collection[str] = ()) -> 
         parts=parts,
         signals=signals,
         overview=None if tokens.overview is None else _ranges(tokens.overview, left),
+        counted=tuple(counts),
         index=keep if tokens.index is None else tokens.index.gather(1, keep),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -125,6 +125,7 @@ class Tokens:
             thumbnail beside its crops; all of them where there is no such part. None: as that.
         index: `int64[G, N]`, behind an earlier cut: which of its group's tokens each was before;
             0 on padding. None: they are all there, in order.
+        counted: valid tokens of each group, where the host knows them without asking the device.
     """
 
     features: Tensor
@@ -138,6 +139,7 @@ class Tokens:
     overview: tuple[tuple[int, int], ...] | None = None
     parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
     index: Tensor | None = None
+    counted: tuple[int, ...] | None = None
 
     def signal(self, key: str) -> Tensor:
         """The signal called `key`; raises `SignalError` saying which exist."""
@@ -151,6 +153,8 @@ class Tokens:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Number of valid tokens of each group."""
+        if self.counted is not None:
+            return self.counted
         # read once: on a GPU each reading waits for the encoder
         return tuple(self.valid.sum(-1).tolist())
 
@@ -192,21 +196,21 @@ class Budget:
         wanted = self.keep if isinstance(self.keep, int) else round_half_up(self.keep * n)
         return max(min(1, n), min(wanted, n))
 
-    def counts(self, valid: Tensor, parent: Tensor | None = None) -> Tensor:
+    def counts(self, valid: Tensor | Sequence[int], parent: Tensor | None = None) -> Tensor:
         """Tokens kept of each group.
 
         The budget is per image; an image of several groups shares it by largest remainder, in
         proportion to their sizes (ties: the lower group).
 
         Args:
-            valid: `bool[G, N]`.
+            valid: `bool[G, N]`, or the tokens of each group.
             parent: `int64[G, 2]` or `int64[G]`, the image of each group first; None: one group,
                 one image.
 
         Returns:
             `int64[G]` on the CPU.
         """
-        sizes = valid.sum(-1).tolist()
+        sizes = valid.sum(-1).tolist() if isinstance(valid, Tensor) else list(valid)
         images = list(range(len(sizes)))
         if parent is not None:
             images = (parent[:, 0] if parent.dim() == 2 else parent).tolist()
@@ -322,6 +326,9 @@ class Selection:
     @property
     def is_identity(self) -> bool:
         """Whether every token is kept and nothing is merged or appended."""
+        # told by shapes where they can tell: on a GPU reading numbers waits for the encoder
+        if self.slot_positions.shape[1] < max(self.lengths, default=0):
+            return False
         return (
             self.merge is None
             and self.slots.tolist() == list(self.lengths) == self.valid.sum(-1).tolist()

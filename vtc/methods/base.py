@@ -245,7 +245,7 @@ class Method:
         """Decide which tokens of each group reach the LLM (not called at the encoder site)."""
         selector, scorer = self.active_selector, self.active_scorer
         scores = scorer(tokens) if scorer and selector.uses_scores else None
-        return selector(tokens, scores, budget.counts(tokens.valid, tokens.parent))
+        return selector(tokens, scores, budget.counts(tokens.lengths, tokens.parent))
 
 
 @dataclass(frozen=True)

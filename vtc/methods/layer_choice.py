@@ -42,7 +42,7 @@ def chosen_layers(
         )
     layers = replace(layers, signals={**layers.signals, **signals})
     scores = scorer(layers) if scorer is not None and selector.uses_scores else None
-    return selector(layers, scores, budget.counts(layers.valid, layers.parent))
+    return selector(layers, scores, budget.counts(layers.lengths, layers.parent))
 
 
 def plan_by_contribution(

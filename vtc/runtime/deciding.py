@@ -79,6 +79,7 @@ def _tokens(
         seed=session.seed,
         parts=images.parts,
         overview=images.overviews,
+        counted=images.lengths,
     )
     for signal in drawn:
         signals[signal.key] = RandomScores()(tokens)[:, None]

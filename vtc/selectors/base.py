@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vtc.checks import require_none
 from vtc.errors import VtcError
 from vtc.types import Selection, Tokens
 
@@ -48,11 +49,11 @@ def checked_scores(name: str, tokens: Tokens, scores: Tensor | None) -> Tensor:
             f"{name} got scores of shape {got}, expected {tuple(tokens.valid.shape)}: "
             f"return one score per token from the scorer"
         )
-    if bool((scores.isnan() & tokens.valid).any()):
-        raise VtcError(
-            f"{name} got NaN scores, expected numbers: a scorer divides by zero or the "
-            "model produced NaN features"
-        )
+    require_none(
+        scores.isnan() & tokens.valid,
+        f"{name} got NaN scores, expected numbers: a scorer divides by zero or the "
+        "model produced NaN features",
+    )
     return scores
 
 

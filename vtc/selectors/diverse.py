@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from vtc import ops
-from vtc.errors import VtcError
+from vtc.checks import require_none
 from vtc.selectors.base import checked_scores, selection_of
 from vtc.types import Selection, Tokens
 
@@ -27,10 +27,10 @@ def diverse(
         VtcError: scores are missing or NaN, or features are NaN.
     """
     scores = checked_scores(name, tokens, scores)
-    if bool((tokens.features.isnan().any(-1) & tokens.valid).any()):
-        raise VtcError(
-            f"{name} got NaN features, expected numbers: load the model in float32 or bfloat16"
-        )
+    require_none(
+        tokens.features.isnan().any(-1) & tokens.valid,
+        f"{name} got NaN features, expected numbers: load the model in float32 or bfloat16",
+    )
     pivot, _ = ops.group_topk(scores, tokens.valid, counts.clamp_max(1))
     if not pivot.shape[1]:
         return selection_of(tokens, pivot, pivot.bool())

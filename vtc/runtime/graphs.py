@@ -1,0 +1,178 @@
+"""Calls of fixed shape, captured once and replayed: CUDA graphs without launch overhead.
+
+`Graphs` holds a bounded number of them. Its eager backend runs the same code, static buffers and
+all, without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Backend = Literal["cuda", "eager"]
+Function = Callable[..., Any]
+
+
+@dataclass
+class _Captured:
+    """One call.
+
+    Attributes:
+        inputs: static buffers that arguments are copied into.
+        replay: runs it on them.
+        leaves: the tensors and other leaves it left, of the tree `structure`.
+    """
+
+    inputs: list[Tensor]
+    replay: Callable[[], None]
+    leaves: list[Any]
+    structure: Any
+
+    def output(self) -> Any:
+        """What it left, copied: another replay may write where it stands."""
+        copies = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        return pytree.tree_unflatten(copies, self.structure)
+
+
+class Graphs:
+    """The captured calls of one model, the least recently used dropped first.
+
+    Args:
+        device: where they run.
+        backend: `"cuda"` captures; `"eager"` calls the function on the static buffers each time.
+        limit: how many are held.
+    """
+
+    def __init__(self, device: torch.device, backend: Backend, limit: int = 24) -> None:
+        self.device, self.backend, self.limit = device, backend, limit
+        self._held: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._failed: dict[Hashable, str] = {}
+        self._pool: Any = None
+        self.captures = 0
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def failure(self, key: Hashable) -> str | None:
+        """Why a call could not be captured; None if it was not tried or is held."""
+        return self._failed.get(key)
+
+    def clear(self) -> None:
+        """Drop all, with their memory."""
+        self._held.clear()
+        self._failed.clear()
+        self._pool, self.bytes = None, 0
+
+    def drop(self, wanted: Callable[[Hashable], bool]) -> None:
+        """Drop those whose key is wanted."""
+        for key in [key for key in self._held if wanted(key)]:
+            del self._held[key]
+
+    def run(
+        self,
+        key: Hashable,
+        function: Function,
+        inputs: list[Tensor],
+        before: Callable[[], None] = lambda: None,
+    ) -> Any:
+        """`function(*inputs)`; from its second call of this key on, replayed.
+
+        Args:
+            key: everything that decides what the function does, but the numbers in `inputs`.
+            function: reads its arguments and nothing else that changes; must not look at numbers
+                on the device.
+            inputs: tensors, of the shapes and types that the key stands for; one shorter than its
+                buffer in the last dimension is padded with zeros.
+            before: brings back whatever the function changes besides its output; called before
+                each of the runs that a capture takes.
+
+        Raises:
+            CaptureError: it cannot be captured; nothing is held.
+        """
+        captured = self._held.get(key)
+        if captured is None:
+            captured = self._capture(key, function, inputs, before)
+        else:
+            self._held.move_to_end(key)
+            for buffer, given in zip(captured.inputs, inputs, strict=True):
+                _fill(buffer, given)
+        before()
+        captured.replay()
+        return captured.output()
+
+    def _capture(
+        self,
+        key: Hashable,
+        function: Function,
+        inputs: list[Tensor],
+        before: Callable[[], None],
+    ) -> _Captured:
+        buffers = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
+        while len(self._held) >= self.limit:
+            self._held.popitem(last=False)
+        if self.backend == "eager":
+            captured = _eager(function, buffers)
+        else:
+            try:
+                captured = self._on_cuda(function, buffers, before)
+            except RuntimeError as error:
+                reason = str(error).strip().split("\n")[0]
+                self._failed[key] = f"it cannot be captured: {reason}"
+                raise CaptureError(self._failed[key]) from error
+        self.captures += 1
+        self._held[key] = captured
+        return captured
+
+    def _on_cuda(
+        self, function: Function, buffers: list[Tensor], before: Callable[[], None]
+    ) -> _Captured:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        reserved = torch.cuda.memory_reserved(self.device)
+        stream, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # what is made on first use (kernels, tables, workspaces) cannot be made in a capture
+            before()
+            function(*buffers)
+        current.wait_stream(stream)
+        before()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+        ):
+            output = function(*buffers)
+        leaves, structure = pytree.tree_flatten(output)
+        self.bytes += max(0, torch.cuda.memory_reserved(self.device) - reserved)
+        return _Captured(buffers, graph.replay, leaves, structure)
+
+
+class CaptureError(RuntimeError):
+    """A call looks at the device, or does something else that no graph can hold."""
+
+
+def _eager(function: Function, buffers: list[Tensor]) -> _Captured:
+    captured = _Captured(buffers, lambda: None, [], None)
+
+    def replay() -> None:
+        captured.leaves, captured.structure = pytree.tree_flatten(function(*buffers))
+
+    captured.replay = replay
+    return captured
+
+
+def _fill(buffer: Tensor, given: Tensor) -> None:
+    """Copy into a buffer that may be longer in its last dimension."""
+    if buffer.shape == given.shape:
+        buffer.copy_(given)
+        return
+    length = given.shape[-1]
+    buffer[..., :length].copy_(given)
+    buffer[..., length:].zero_()
