@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,6 +176,27 @@ class Adapter(ABC):
     def unit_order(self, grids: Tensor) -> Tensor | None:
         """In packed encoders: which unit stands where in the sequence; None: in order."""
         return None
+
+    def encode(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What the stock model puts at the placeholders of images, `[T, D]`, newlines too, image
+        by image.
+
+        Args:
+            inputs: pixels on their device; what says their sizes on the CPU, so that nothing waits
+                for the device.
+        """
+        names = inspect.signature(self.model.model.get_image_features).parameters
+        given = {n: inputs[n] for n in self.visual_inputs if n in names and n in inputs}
+        given |= self.encoder_constants(inputs)
+        features = self.model.model.get_image_features(**given, return_dict=True).pooler_output
+        if isinstance(features, Tensor):
+            return features.flatten(0, 1)
+        return torch.cat(list(features))
+
+    def encoder_constants(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword inputs of the encoder that follow from sizes alone, which it would compute on the
+        host in each call."""
+        return {}
 
     @abstractmethod
     def part(

@@ -19,6 +19,7 @@ from vtc.adapters.base import (
     check_pixels,
     resized,
 )
+from vtc.dispatch import constant
 from vtc.errors import InputError
 
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
@@ -122,6 +123,17 @@ class Qwen2VLAdapter(Adapter):
         names = inspect.signature(self.model.model.compute_3d_position_ids).parameters
         return "second_per_grid_ts" in names
 
+    def encoder_constants(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Rotary positions on the device, the borders of images and frames on the CPU."""
+        from transformers import vision_utils
+
+        grids, device = inputs["image_grid_thw"], inputs["pixel_values"].device
+        positions = vision_utils.get_vision_position_ids(grids, self._merge)
+        return {
+            "position_ids": constant(positions, device),
+            **_borders("cu_seqlens", "max_seqlen", vision_utils.get_vision_cu_seqlens(grids)),
+        }
+
     def pixels(self, inputs: Mapping[str, Any], visuals: list[Visual]) -> list[Tensor]:
         """Patches `[n, values]` of each."""
         return [patches for _, _, patches in self._grids(inputs)]
@@ -206,6 +218,27 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
             grids, config.spatial_merge_size, config.window_size, config.patch_size
         )
         return index  # type: ignore[no-any-return]
+
+    def encoder_constants(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The windows too."""
+        from transformers.vision_utils import get_vision_window_index
+
+        config = self.model.config.vision_config
+        index, windows = get_vision_window_index(
+            inputs["image_grid_thw"],
+            config.spatial_merge_size,
+            config.window_size,
+            config.patch_size,
+        )
+        return super().encoder_constants(inputs) | {
+            "window_index": constant(index, inputs["pixel_values"].device),
+            **_borders("cu_window_seqlens", "max_window_seqlen", windows),
+        }
+
+
+def _borders(name: str, longest: str, borders: Tensor) -> dict[str, Any]:
+    """Borders of segments on the CPU, with the length of the longest."""
+    return {name: borders, longest: int(borders.diff().max())}
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):

@@ -115,10 +115,18 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.lru_cache(maxsize=1024)
-def constant(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """Numbers known on the host as a tensor on a device, copied there once.
+def constant(values: Tensor | tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers known on the host, of any shape, as a tensor on a device, copied there once.
 
     A copy waits for all that the device was told before, and cannot be captured in a CUDA graph.
     """
-    return torch.tensor(values, device=device)
+    given = torch.tensor(values, dtype=torch.long) if isinstance(values, tuple) else values.cpu()
+    dtype = str(given.dtype).removeprefix("torch.")
+    return _constant(given.contiguous().numpy().tobytes(), dtype, tuple(given.shape), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(data: bytes, dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)) if data else None
+    empty = torch.empty(0, dtype=getattr(torch, dtype))
+    return (empty if flat is None else flat).view(shape).to(device, copy=True)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc import ops
@@ -110,12 +111,16 @@ def repacked(ids: Tensor, group: Tensor, mask: Tensor, start: Tensor) -> Tensor:
 
 
 def plan(
-    images: Images, selection: Selection, attention_mask: Tensor, policy: Policy
+    images: Images,
+    selection: Selection,
+    attention_mask: Tensor,
+    policy: Policy,
+    width: int | None = None,
 ) -> Compaction:
     """Lay out the short sequence: text and kept tokens in order, appended slots behind their image.
 
-    Columns that are padding at the left of their row are dropped: rows are padded anew to the
-    longest.
+    Columns that are padding at the left of their row are dropped: rows are padded anew, to the
+    longest or to `width`, which must be at least that.
     """
     device = attention_mask.device
     batch, length = attention_mask.shape
@@ -138,8 +143,11 @@ def plan(
     origin = torch.arange(length + 1, device=device).repeat(batch, 1)
     at = positions[:, : keep.shape[1]].clamp_min(0).to(device)
     origin[row, kept] = placed.columns.gather(1, at)
-    extra = _appended(images, positions[:, keep.shape[1] :].cpu(), batch)
-    extra_column, extra_origin, extra_group, extra_valid = (part.to(device) for part in extra)
+    extra: tuple[Tensor, ...] = (torch.empty(batch, 0, dtype=torch.long, device=device),) * 4
+    if positions.shape[1] > keep.shape[1]:
+        parts = _appended(images, positions[:, keep.shape[1] :].cpu(), batch)
+        extra = tuple(part.to(device) for part in parts)
+    extra_column, extra_origin, extra_group, extra_valid = extra
     here = torch.arange(length, device=device).expand(batch, -1)
     # where nothing is kept as it is, slots stand where they belong, before a newline of their row
     columns = torch.cat([here, extra_column if keep.shape[1] else extra_origin], 1)
@@ -151,10 +159,14 @@ def plan(
     appended = extra_valid.shape[1]
     key = columns * (appended + 1)
     key[:, length:] += 1 + torch.arange(appended, device=device)
-    short = int(used.sum(-1).max())
-    order = key.masked_fill(~used, -1).argsort(dim=-1, stable=True)[:, used.shape[1] - short :]
+    width = int(used.sum(-1).max()) if width is None else width
+    if (more := max(width - used.shape[1], 0)) > 0:
+        key, used, columns, origin, group = (
+            F.pad(x, (more, 0)) for x in (key, used, columns, origin, group)
+        )
+    order = key.masked_fill(~used, -1).argsort(dim=-1, stable=True)[:, used.shape[1] - width :]
     return Compaction(
-        index=order,
+        index=(order - more).clamp_min(0),
         valid=used.gather(1, order),
         columns=columns.gather(1, order),
         origin=origin.gather(1, order),
@@ -192,7 +204,7 @@ def _rows_alive(placed: Images, selection: Selection) -> Tensor:
     slots = selection.slot_positions.to(device)
     there = torch.zeros(len(slots), placed.columns.shape[1] + 1, dtype=torch.long, device=device)
     there.scatter_(1, slots.masked_fill(slots < 0, placed.columns.shape[1]), 1)
-    before = torch.nn.functional.pad(there[:, :-1].cumsum(-1), (1, 0))
+    before = F.pad(there[:, :-1].cumsum(-1), (1, 0))
     _, _, group, first, end = placed.newlines.unbind(-1)
     return before[group, end] > before[group, first]
 

@@ -66,7 +66,7 @@ def _tokens(
     """All tokens of each image, with what one method needs where this is left of them."""
     tower = session.tower
     # the encoder of a model spread over devices may be elsewhere
-    signals = {key: x.to(features.device) for key, x in tower.read(method.needs).items()}
+    signals = {key: x.to(features.device) for key, x in session.signals(method.needs).items()}
     drawn = [signal for signal in tower.signals.draws if signal in method.needs]
     if drawn or any(signal.name == "image_key" for signal in method.needs):
         signals["image_key"] = tower.keys(images, inputs)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc import dispatch
 from vtc.errors import InputError, NeverCompressedError, PatchError, UnsupportedModeError
 from vtc.runtime.cache import CacheState, compressed, filled, remember
 from vtc.runtime.clock import Clock
@@ -33,6 +34,8 @@ class _Pending:
     inputs: Mapping[str, Any]
     clock: Clock
     whole: bool
+    fast: bool = False
+    encoded: bool = False
     reached: bool = False
     small: list[Tensor] | None = None
     selection: Selection | None = None
@@ -150,12 +153,23 @@ class ForwardSeam:
                 "takes images behind a cache"
             )
         images, inputs, clock = self._expected or self._arrived(given, encoded)
-        pending = _Pending(images, inputs, clock, whole=self.session.keeps_all(images))
+        session = self.session
+        self._recording.enter_context(dispatch.using(session.kernels, session.ran))
+        session.begin()
+        fast = self._expected is None and session.pads
+        pending = _Pending(images, inputs, clock, session.keeps_all(images) and not fast, fast)
         self._pending = pending
         if pending.whole:
             return None
-        if self.session.method.site == "pixels":
+        if fast and session.fast is not None:
+            self._recording.enter_context(session.fast.forwarding())
+        if session.method.site == "pixels":
             return self._before_encoder(pending, given)
+        if self._expected is None and given.get("inputs_embeds") is None:
+            full = session.encode(images, inputs, clock)
+            if full is not None:
+                pending.encoded = True
+                return self._fed(given, full["inputs_embeds"])
         if self._expected is None:
             self._recording.enter_context(self.session.recording(images, inputs))
         return None
@@ -199,8 +213,13 @@ class ForwardSeam:
             return None
         pending.small = session.encode_small(images, selection, inputs)
         embeds = given.get("inputs_embeds")
-        if embeds is None:
-            embeds = session.embedded(given["input_ids"])
+        return self._fed(given, session.embedded(given["input_ids"]) if embeds is None else embeds)
+
+    def _fed(
+        self, given: Mapping[str, Any], embeds: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The base model's inputs with embeddings in the place of ids and pixels."""
+        session = self.session
         dropped = {*session.adapter.visual_inputs, "mm_encoder_outputs", "input_ids"}
         kept = {name: value for name, value in given.items() if name not in dropped}
         if given.get("position_ids") is None:
@@ -213,6 +232,7 @@ class ForwardSeam:
         self._clear()
         if pending is None or output is None:
             return
+        self.session.checks.settle()
         if not pending.reached:
             raise NeverCompressedError(
                 "images were given, but the language model was not run; expected the stock "
@@ -237,7 +257,8 @@ class ForwardSeam:
 
     def _compressed(self, pending: _Pending, kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The short inputs, or None where the method kept everything."""
-        pending.clock.mark("encoded")
+        if not pending.encoded:
+            pending.clock.mark("encoded")
         embeds = kwargs["inputs_embeds"]
         batch, length = embeds.shape[:2]
         mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -257,7 +278,7 @@ class ForwardSeam:
             self.session.prompt = (dict(kwargs), mask, positions)
             selection = self.session.decide(pending.images, groups, pending.inputs)
         self.session.note(pending.images, selection, pending.clock)
-        if selection.is_identity and not self.session.acts_later:
+        if selection.is_identity and not (self.session.acts_later or pending.fast):
             return None
         short = self.session.shorten(
             pending.images, selection, full_of(kwargs), mask, positions, pending.small

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc import dispatch
 from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError
 from vtc.runtime.cache import CacheState, filled, remember, remembered
 from vtc.runtime.clock import Clock
@@ -46,8 +47,8 @@ class GenerateSeam:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the stock `generate`."""
         kwargs = _by_keyword(self.stock, args, kwargs)
-        with self._lock:
-            session = self.session
+        session = self.session
+        with self._lock, dispatch.using(session.kernels, session.ran):
             session.last = None
             config = _Config(session.adapter.model, kwargs)
             has_images = session.adapter.has_images(kwargs)
@@ -65,7 +66,8 @@ class GenerateSeam:
                     return self._run(kwargs)
             clock = session.clock(kwargs)
             images = session.images(kwargs)
-            if session.keeps_all(images):
+            session.begin()
+            if session.keeps_all(images) and (config.assisted or not session.pads):
                 session.note(images, None, clock)
                 with self.forward.suspended():
                     return self._run(kwargs, self._whole(kwargs, config))
@@ -124,13 +126,16 @@ class GenerateSeam:
         if pixels:
             selection = session.decide_before(images, inputs)
         else:
-            captured = session.capture(images, inputs, clock)
+            captured = None if turn.past is not None else session.encode(images, inputs, clock)
+            if captured is None:
+                captured = session.capture(images, inputs, clock)
             full = full_of(captured)
             known = turn.past is None
             session.prompt = (captured, turn.mask, turn.position_ids) if known else None
             selection = session.decide(images, gather_groups(images, full.embeds), inputs)
         session.note(images, selection, clock)
-        if selection.is_identity and not session.acts_later and turn.past is None:
+        left_alone = selection.is_identity and not session.acts_later and turn.past is None
+        if left_alone and (pixels or not session.pads):
             return self._run(kwargs, turn.state(None))
         if pixels:
             full = session.embedded_only(inputs["input_ids"])
@@ -142,7 +147,10 @@ class GenerateSeam:
         with _processors_see(model, kwargs["input_ids"], turn.whole_mask), session.deepstack(short):
             session.expect_layers(images, short)
             given = _shortened(session, kwargs, turn.continued(short, session), config)
-            return self._run(given, turn.state(short), used=False)
+            with session.fast_generate(turn):
+                out = self._run(given, turn.state(short), used=False)
+        session.checks.settle()
+        return out if session.fast is None else session.fast.handed_out(out)
 
     def _assisted(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
         """Through the forward seam: stock assisted decoding cannot start from embeddings."""

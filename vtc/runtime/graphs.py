@@ -60,9 +60,9 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._held)
 
-    def failure(self, key: Hashable) -> str | None:
-        """Why a call could not be captured; None if it was not tried or is held."""
-        return self._failed.get(key)
+    def holds(self, key: Hashable) -> bool:
+        """Whether a call is held."""
+        return key in self._held
 
     def clear(self) -> None:
         """Drop all, with their memory."""
@@ -91,7 +91,7 @@ class Graphs:
             inputs: tensors, of the shapes and types that the key stands for; one shorter than its
                 buffer in the last dimension is padded with zeros.
             before: brings back whatever the function changes besides its output; called before
-                each of the runs that a capture takes.
+                each of the runs that a capture takes, and before the first replay.
 
         Raises:
             CaptureError: it cannot be captured; nothing is held.
@@ -103,7 +103,6 @@ class Graphs:
             self._held.move_to_end(key)
             for buffer, given in zip(captured.inputs, inputs, strict=True):
                 _fill(buffer, given)
-        before()
         captured.replay()
         return captured.output()
 
@@ -114,18 +113,23 @@ class Graphs:
         inputs: list[Tensor],
         before: Callable[[], None],
     ) -> _Captured:
-        buffers = [x.detach().clone(memory_format=torch.contiguous_format) for x in inputs]
+        if (reason := self._failed.get(key)) is not None:
+            raise CaptureError(reason)
         while len(self._held) >= self.limit:
             self._held.popitem(last=False)
-        if self.backend == "eager":
-            captured = _eager(function, buffers)
-        else:
-            try:
-                captured = self._on_cuda(function, buffers, before)
-            except RuntimeError as error:
-                reason = str(error).strip().split("\n")[0]
-                self._failed[key] = f"it cannot be captured: {reason}"
-                raise CaptureError(self._failed[key]) from error
+        # what one call makes under inference_mode, another could not write to
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+            if self.backend == "eager":
+                captured = _eager(function, buffers)
+            else:
+                try:
+                    captured = self._on_cuda(function, buffers, before)
+                except RuntimeError as error:
+                    reason = str(error).strip().split("\n")[0]
+                    self._failed[key] = f"it cannot be captured: {reason}"
+                    raise CaptureError(self._failed[key]) from error
+        before()
         self.captures += 1
         self._held[key] = captured
         return captured
@@ -161,6 +165,8 @@ class CaptureError(RuntimeError):
 def _eager(function: Function, buffers: list[Tensor]) -> _Captured:
     captured = _Captured(buffers, lambda: None, [], None)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def replay() -> None:
         captured.leaves, captured.structure = pytree.tree_flatten(function(*buffers))
 

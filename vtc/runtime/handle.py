@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from vtc.errors import OptionError, PatchError, UnsupportedModeError
 from vtc.methods.base import Method, Positions
 from vtc.methods.registry import method as build_method
 from vtc.plans import LayerPlan
+from vtc.runtime.fast import Fast, checked
 from vtc.runtime.forward import ForwardSeam
 from vtc.runtime.generate import GenerateSeam
 from vtc.runtime.report import Report, report_of
@@ -48,11 +49,10 @@ class Handle:
         method: the method in force.
     """
 
-    def __init__(self, session: Session, positions: Positions, kernels: str) -> None:
+    def __init__(self, session: Session, positions: Positions) -> None:
         self.method = session.method
         self._session = session
         self._positions = positions
-        self._kernels = kernels
         self._model: Any = session.adapter.model
         self._forward = ForwardSeam(session)
         self._lock = threading.Lock()
@@ -202,7 +202,7 @@ class Handle:
         Raises:
             PatchError: there was none yet, it had no images, or it failed.
         """
-        return report_of(self._session, self._last(), self._positions, self._kernels)
+        return report_of(self._session, self._last(), self._positions)
 
     def plot(self, image: Image.Image, group: int = 0) -> Image.Image:
         """The picture with what the last call kept of it; `group` counts the images of the call.
@@ -224,7 +224,7 @@ def patch(
     keep: float | int | None = None,
     *,
     positions: Positions = "keep",
-    fast: bool = False,
+    fast: bool | Literal["eager"] = False,
     kernels: str = "auto",
     seed: int = 0,
     **method_options: Any,
@@ -240,7 +240,9 @@ def patch(
         positions: position ids of what remains: `"keep"` the original ones, `"renumber"` them,
             `"median"` (merged tokens take their median member's), or `"published"`, what the
             method's official code does.
-        fast: run the captured fast path; not available in this version.
+        fast: capture the encoder, the prefill and the decode steps as CUDA graphs, by size of the
+            pixels and by length of the text. What cannot be captured runs as it would without, and
+            `report().fast` says why. `"eager"` runs the same code without capture.
         kernels: `"auto"`, `"torch"` or `"triton"`.
         seed: for methods that draw.
         **method_options: options of a method given by name.
@@ -255,10 +257,7 @@ def patch(
         raise OptionError(
             f"positions={positions!r} is unknown; expected one of {', '.join(get_args(Positions))}"
         )
-    if fast:
-        raise OptionError(
-            "fast=True was asked for, but this version has no fast path; pass fast=False"
-        )
+    backend = checked(fast)
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise OptionError(f"seed={seed!r} is a {type(seed).__name__}, expected an int")
     adapter = adapter_of(model)
@@ -270,7 +269,10 @@ def patch(
         )
     policy = chosen.published_positions if positions == "published" else positions
     session = Session(adapter, chosen, budget, policy, operator.index(seed))
-    return Handle(session, positions, kernels)
+    session.kernels = kernels
+    if backend is not None:
+        session.fast = Fast(session, backend)
+    return Handle(session, positions)
 
 
 def unpatch(model: nn.Module) -> None:

@@ -27,6 +27,8 @@ class Images:
         valid: `bool[G, N]`.
         newlines: `int64[M, 5]`: batch row and column of each newline token, its image, and the
             range of tokens (first, end) that it ends.
+        places: `int64[T, 2]`: batch row and column of everything that the encoder gives, newlines
+            too, image by image.
     """
 
     visuals: tuple[Visual, ...]
@@ -34,6 +36,7 @@ class Images:
     columns: Tensor
     valid: Tensor
     newlines: Tensor
+    places: Tensor
     _moved: dict[torch.device, Images] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -70,7 +73,7 @@ class Images:
     def to(self, device: torch.device) -> Images:
         """The same on a device, copied there once."""
         if device not in self._moved:
-            names = ("rows", "columns", "valid", "newlines")
+            names = ("rows", "columns", "valid", "newlines", "places")
             moved = {name: getattr(self, name).to(device) for name in names}
             self._moved[device] = replace(self, **moved)
         return self._moved[device]
@@ -114,6 +117,7 @@ def find_images(
         columns=columns,
         valid=torch.arange(columns.shape[1]) < lengths[:, None],
         newlines=torch.tensor(newlines, dtype=torch.int64).view(-1, 5),
+        places=torch.cat(parts),
     )
 
 

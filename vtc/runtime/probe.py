@@ -18,7 +18,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtc.runtime.segments import by_segment
+
 _NAME = "vtc_probe"
+# packed encoders hand a whole sequence over to what is called flash, and walk over it otherwise
+_PACKED = "vtc_flash_segments"
 _lock = threading.Lock()
 _users = 0
 
@@ -41,6 +45,15 @@ class _Interest:
     see: See | None = None
     mask: Mask | None = None
     attend: Attend | None = None
+    together: bool = False
+
+
+@contextmanager
+def together(attention: nn.Module) -> Iterator[None]:
+    """Within it, a module of a packed encoder attends in all segments at once, whose borders must
+    be on the CPU; probes on it see one sequence."""
+    with _attached(attention, together=True):
+        yield
 
 
 @contextmanager
@@ -71,7 +84,8 @@ def _attached(attention: nn.Module, **interest: Any) -> Iterator[None]:
     module: Any = attention
     before = module.config
     config = copy.copy(before)
-    config._attn_implementation = _NAME
+    packed = interest.get("together") or before._attn_implementation == _PACKED
+    config._attn_implementation = _PACKED if packed else _NAME
     config.vtc_probe = _Interest(before, **interest)
     with _registered():
         module.config = config
@@ -90,6 +104,7 @@ def _registered() -> Iterator[None]:
     with _lock:
         if _users == 0:
             ALL_ATTENTION_FUNCTIONS[_NAME] = _attend
+            ALL_ATTENTION_FUNCTIONS[_PACKED] = _attend
         _users += 1
     try:
         yield
@@ -98,6 +113,7 @@ def _registered() -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 del ALL_ATTENTION_FUNCTIONS[_NAME]
+                del ALL_ATTENTION_FUNCTIONS[_PACKED]
 
 
 def _attend(
@@ -131,6 +147,8 @@ def _attend(
         # some implementations look their own name up in the module's config (flash attention does)
         module.config = config
         try:
+            if top._attn_implementation == _PACKED:
+                return by_segment(implementation, module, query, key, value, **kwargs)
             return implementation(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
         finally:
             module.config = top

@@ -52,7 +52,10 @@ class Report:
         new_tokens: columns that generate added; None for a direct forward.
         kv_bytes: keys and values after the prompt, all layers; a static cache counts as allocated.
         peak_memory_bytes: the allocator's peak on CUDA since it was last reset; None on the CPU.
-        kernels: which implementation of the tensor operations ran.
+        kernels: which implementation of each tensor operation ran, `"torch"` or `"triton"`.
+        fast: by part (encoder, prefill, decode), `"cuda"` where it was captured as a graph, else
+            why not; empty without `fast=True`.
+        graph_bytes: device memory of what is captured, with its caches; None without `fast=True`.
     """
 
     method: str
@@ -79,7 +82,9 @@ class Report:
     ffn_skipped: tuple[int, ...]
     stand_in: str | None
     peak_memory_bytes: int | None
-    kernels: str
+    kernels: dict[str, str]
+    fast: dict[str, str]
+    graph_bytes: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -98,8 +103,10 @@ def _text(name: str, value: Any) -> str:
         return "-"
     if name.endswith("_bytes"):
         return f"{value / 2**20:.1f} MiB"
-    if value == ():
+    if value in ((), {}):
         return "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{part}: {said}" for part, said in value.items())
     if name in ("attention_skipped", "ffn_skipped"):
         return " ".join(map(str, value))
     if name in ("kv_lengths", "block_patches", "layer_tokens"):
@@ -113,7 +120,7 @@ def _text(name: str, value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def report_of(session: Session, call: Call, positions: str, kernels: str) -> Report:
+def report_of(session: Session, call: Call, positions: str) -> Report:
     """The report of one call."""
     visual, reached = call.images.lengths, tuple(call.selection.slots.tolist())
     kept, layers = _through_layers(session, call, reached)
@@ -152,7 +159,9 @@ def report_of(session: Session, call: Call, positions: str, kernels: str) -> Rep
         ffn_skipped=tuple(i for i, rule in enumerate(rules) if not rule.ffn),
         stand_in=session.tower.signals.stand_in,
         peak_memory_bytes=_peak_memory(clock.device),
-        kernels=kernels,
+        kernels=dict(sorted(session.ran.items())),
+        fast={} if session.fast is None else dict(session.fast.told),
+        graph_bytes=None if session.fast is None else session.fast.held_bytes,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapters.base import Adapter, Encoder, Visual
+from vtc.dispatch import constant
 
 
 class Run:
@@ -66,8 +67,7 @@ class Run:
         if not self.encoder.packed:
             return None
         patches = self.lengths * self.patches_per_unit
-        valid = torch.arange(int(patches.max())) < patches[:, None]
-        return valid.to(self._device)
+        return constant(torch.arange(int(patches.max())) < patches[:, None], self._device)
 
     _device: torch.device = torch.device("cpu")
 
@@ -79,7 +79,7 @@ class Run:
         whole = torch.cat(chunks, 2)[0].transpose(0, 1)  # [T, H, d]
         if self.order is not None:
             units = whole.unflatten(0, (-1, self.patches_per_unit))
-            whole = units[self.order.to(whole.device).argsort()].flatten(0, 1)
+            whole = units[constant(self.order.argsort(), whole.device)].flatten(0, 1)
         parts = whole.split((self.lengths * self.patches_per_unit).tolist())
         return pad_sequence(list(parts), batch_first=True).transpose(1, 2)
 
@@ -89,7 +89,7 @@ class Run:
         if m == 1:
             return values
         if (units := self.units(values.shape[1])) is not None:
-            return values[:, units.to(values.device)].mean(-1)
+            return values[:, constant(units, values.device)].mean(-1)
         together: Tensor = values.unflatten(1, (-1, m))
         return together.mean(-1)
 
@@ -107,9 +107,18 @@ class Run:
     def to_tokens(self, values: Tensor) -> list[Tensor]:
         """Numbers of units `[C, R, U]` as those of LLM tokens, `[C, N]` for each image."""
         return [
-            self.adapter.pack(part, self.inputs, i)
-            for i, part in zip(self.members, self.split(values), strict=True)
+            self._packed(part, i, visual)
+            for i, visual, part in zip(self.members, self.visuals, self.split(values), strict=True)
         ]
+
+    def _packed(self, values: Tensor, which: int, visual: Visual) -> Tensor:
+        """Numbers of units `[C, R, U]` of an image or video as those of its LLM tokens."""
+        if not self.adapter.tiled or self.adapter.blends(self.inputs, which, visual):
+            return self.adapter.pack(values, self.inputs, which)
+        # which unit a token is follows from sizes: stock packing looks at numbers for that
+        units = torch.arange(float(values[0].numel())).view(1, *values.shape[1:])
+        index = self.adapter.pack(units, self.inputs, which)[0].long()
+        return values.flatten(1)[:, constant(index, values.device)]
 
 
 def runs_of(

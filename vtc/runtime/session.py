@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vtc.adapters.base import Adapter
+from vtc.checks import Deferred, deferred
 from vtc.errors import (
     InputError,
     UnsupportedModeError,
@@ -39,7 +40,11 @@ from vtc.runtime.short import (
     with_slots,
 )
 from vtc.runtime.tower import Tower, facts_of
-from vtc.types import Budget, Selection
+from vtc.types import Budget, Selection, Signal
+
+if TYPE_CHECKING:
+    from vtc.runtime.fast import Fast
+    from vtc.runtime.fast_encoder import Encoded
 
 
 @dataclass
@@ -91,6 +96,11 @@ class Session:
         last: the last call, or None if it had no images.
         prompt: what the stock language model gets of the call under way, its mask and position ids;
             None behind a cache.
+        fast: what is captured, or None.
+        encoded: what a captured encoder gave in the call under way.
+        kernels: which implementation of tensor operations is asked for.
+        ran: which of them ran in the last call, by operation.
+        checks: of numbers on the device, not answered yet.
     """
 
     def __init__(
@@ -114,6 +124,10 @@ class Session:
         self.prompt: tuple[dict[str, Any], Tensor, Tensor] | None = None
         self._image_key: Tensor | None = None
         self.last: Call | None = None
+        self.fast: Fast | None = None
+        self.encoded: Encoded | None = None
+        self.kernels, self.ran = "auto", dict[str, str]()
+        self.checks = Deferred()
 
     def _plan(self) -> LayerPlan:
         """What the method says about decoder layers under the budget in force."""
@@ -305,7 +319,8 @@ class Session:
 
     def decide(self, images: Images, features: Tensor, inputs: Mapping[str, Any]) -> Selection:
         """Run the method, step by step, on padded groups of tokens `[G, N, D]`."""
-        found = decided(self, images, features, inputs)
+        with deferred(self.checks) if self.fast is not None else nullcontext():
+            found = decided(self, images, features, inputs)
         draws = any(signal.name == "image_key" for signal in self.method.needs)
         self._image_key = self.tower.keys(images, inputs) if draws else None
         self.layers.draw_by(self._image_key, self.seed)
@@ -329,7 +344,8 @@ class Session:
     ) -> Short:
         """Apply a decision to full embeddings `[B, S, D]`, mask `[B, S]` and position ids.
 
-        `small` holds each image's tokens when they are not in `embeds` (the pixel site).
+        `small` holds each image's tokens when they are not in `embeds` (the pixel site). Where the
+        prefill is captured, rows are padded to the next length of its own.
         """
         embeds = full.stacked
         width = full.embeds.shape[-1]
@@ -338,7 +354,8 @@ class Session:
         mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
         # where nothing is dropped there is nothing to renumber
         policy: Policy = "keep" if selection.is_identity else self.policy
-        compaction = plan(images, selection, mask, policy)
+        padded = None if self.fast is None else self.fast.width(images, selection, mask.shape)
+        compaction = plan(images, selection, mask, policy, padded)
         appended = None
         if small is not None:
             if len(images.newlines) and (newline := self.adapter.newline) is not None:
@@ -385,6 +402,50 @@ class Session:
         grids = [v.grids[v.overview or 0] for v in images.visuals]
         sizes = [resize.size(grid, n) for grid, n in zip(grids, slots, strict=True)]
         return self.adapter.encode_resized(inputs, list(images.visuals), sizes)
+
+    def begin(self) -> None:
+        """A call with images begins."""
+        self.ran.clear()
+        self.checks, self.encoded = Deferred(), None
+        if self.fast is not None:
+            self.fast.begin()
+
+    @property
+    def pads(self) -> bool:
+        """Whether short rows are padded to a length that a captured prefill takes."""
+        return self.fast is not None and self.fast.prefills
+
+    @contextmanager
+    def fast_generate(self, turn: Any) -> Iterator[None]:
+        """Within it, a stock generate of this turn is captured where it can be."""
+        if self.fast is None or turn.past is not None:
+            yield
+            return
+        with self.fast.generating(turn.whole_mask.shape[1]):
+            yield
+
+    def signals(self, needs: tuple[Signal, ...]) -> dict[str, Tensor]:
+        """What the encoder left in the call under way, by key."""
+        if self.encoded is None:
+            return self.tower.read(needs)
+        found = self.encoded.signals
+        return {need.key: found[need.key] for need in needs if need.key in found}
+
+    def encode(
+        self, images: Images, inputs: Mapping[str, Any], clock: Clock
+    ) -> dict[str, Any] | None:
+        """What the stock base model would feed its language model, from a captured encoder; None
+        where there is none."""
+        if self.fast is None:
+            return None
+        ids = inputs["input_ids"]
+        images.to(ids.device)  # a copy waits for the device: before it has work
+        self.encoded = self.fast.encode(images, inputs)
+        if self.encoded is None:
+            return None
+        embeds = self.encoded.into(self.embedded(ids), images)
+        clock.mark("encoded")
+        return {"inputs_embeds": embeds}
 
     def capture(self, images: Images, inputs: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
         """What the stock base model would feed its language model, which is not run."""

@@ -78,6 +78,17 @@ class CountedCache(StaticCache):
             layer.filled = length
         self._counts.fill_(length)
 
+    def count(self, length: int) -> None:
+        """Say on the host that there are so many entries: the device has counted by itself."""
+        for layer in self.layers:
+            layer.filled = length
+
+    def clean(self) -> None:
+        """Take away numbers that are not finite: what is masked is still multiplied by zero."""
+        there = [layer for layer in self.layers if layer.is_initialized]
+        if there:
+            torch._foreach_zero_([x for layer in there for x in (layer.keys, layer.values)])
+
     def trace(self, tracing: bool) -> None:
         """Whether lengths are asked for by something that is being captured."""
         for layer in self.layers:

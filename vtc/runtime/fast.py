@@ -1,0 +1,267 @@
+"""The fast path: encoder, prefill and decode steps without launch overhead, or a reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vtc.errors import OptionError
+from vtc.runtime.cache import remember, remembered
+from vtc.runtime.graphs import Backend, CaptureError, Graphs
+from vtc.types import Selection
+
+if TYPE_CHECKING:
+    from vtc.runtime.fast_encoder import Encoded
+    from vtc.runtime.images import Images
+    from vtc.runtime.session import Session
+
+# the hooks by which transformers itself collects hidden states
+_OF_TRANSFORMERS = "output_capturing_hook"
+
+
+def checked(fast: Any) -> Backend | None:
+    """`fast` of `vtc.patch` as what captures; None: nothing is.
+
+    Raises:
+        OptionError: it is unknown.
+    """
+    if fast is False:
+        return None
+    if fast is True:
+        return "cuda"
+    if fast == "eager":
+        return "eager"
+    raise OptionError(
+        f"fast={fast!r} is unknown; expected True, False, or 'eager' for the fast path's code "
+        "without capture"
+    )
+
+
+class Fast:
+    """What is captured of one patched model.
+
+    Args:
+        session: the patched model's state.
+        backend: what captures.
+
+    Attributes:
+        told: by part ("encoder", "prefill", "decode"), how the last call ran it: the backend, or
+            why it was left to the stock model.
+    """
+
+    def __init__(self, session: Session, backend: Backend) -> None:
+        from vtc.runtime.fast_encoder import FastEncoder
+        from vtc.runtime.fast_llm import FastLanguageModel
+
+        self.session = session
+        self.graphs = Graphs(session.adapter.model.device, backend)
+        self.encoder = FastEncoder(session, self.graphs)
+        self.llm = FastLanguageModel(session.adapter, self.graphs)
+        self.told: dict[str, str] = {}
+        self._blocked: str | None = None
+        self._llm_blocked: str | None = None
+        self._seen: tuple[Any, ...] | None = None
+        self._modules: dict[str, list[nn.Module]] = {"llm": [], "tower": []}
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of what is captured and of its caches."""
+        return self.graphs.bytes + self.llm.held_bytes
+
+    @property
+    def prefills(self) -> bool:
+        """Whether the prefill of the call under way may be captured."""
+        return self._llm_blocked is None
+
+    def clear(self) -> None:
+        """Drop all that is captured."""
+        self.graphs.clear()
+        self.llm.clear()
+
+    def begin(self) -> None:
+        """A call begins: whether anything can be captured, and whether what is still holds."""
+        reason = self._why_not()
+        self._blocked = reason or self._attached("tower")
+        self._llm_blocked = reason or self._why_not_llm() or self._attached("llm")
+        self.told = {"encoder": self._blocked or "not run"}
+        self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
+
+    def encode(self, images: Images, inputs: Mapping[str, Any]) -> Encoded | None:
+        """The encoder's tokens and signals, or None where the stock model has to encode."""
+        reason = self._blocked or self.encoder.refusal(images, inputs)
+        if reason is None:
+            try:
+                encoded = self.encoder(images, inputs)
+                self.told["encoder"] = self.graphs.backend
+                return encoded
+            except CaptureError as error:
+                reason = str(error)
+        self.told["encoder"] = reason
+        return None
+
+    def width(self, images: Images, selection: Selection, shape: torch.Size) -> int | None:
+        """The length that short rows are padded to; None: of their longest.
+
+        Counted from shapes alone: rows may be shorter, never longer.
+        """
+        from vtc.runtime.fast_llm import bucket
+
+        if not self.prefills:
+            return None
+        batch, length = shape
+        slots = selection.slot_positions.shape[1]
+        rows = [length] * batch
+        for row, visual in zip(images.rows.tolist(), images.visuals, strict=True):
+            newlines = len(visual.newlines)
+            kept = min(slots, visual.tokens) if selection.merge is None else slots
+            # slots that stand at newlines' columns do not add newlines
+            rows[row] += min(kept, slots) - visual.tokens + min(newlines, kept) - newlines
+        return bucket(max(rows))
+
+    @contextmanager
+    def generating(self, prompt: int) -> Iterator[None]:
+        """Within it, a stock generate on short embeddings runs captured.
+
+        Args:
+            prompt: length of the original prompt, from which generate counts.
+        """
+        if self._llm_blocked is not None:
+            yield
+            return
+        model: Any = self.session.adapter.model
+        stock = model._prepare_cache_for_generation
+
+        def prepare(
+            generation_config: Any,
+            model_kwargs: dict[str, Any],
+            generation_mode: Any,
+            batch_size: int,
+            max_cache_length: int,
+        ) -> Any:
+            out = stock(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            reason = _why_not_generate(generation_config, model_kwargs, generation_mode)
+            embeds = model_kwargs.get("inputs_embeds")
+            if reason is None and embeds is not None:
+                more = generation_config.max_length - prompt
+                rows = batch_size * (generation_config.num_return_sequences or 1)
+                model_kwargs["past_key_values"] = self.llm.cache(rows, embeds.shape[1] + more)
+            else:
+                self.told |= dict.fromkeys(("prefill", "decode"), reason or "no embeddings")
+            return out
+
+        model._prepare_cache_for_generation = prepare
+        try:
+            with self._serving():
+                yield
+        finally:
+            del model._prepare_cache_for_generation
+
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        try:
+            with self.llm.serving():
+                yield
+        finally:
+            self.told |= self.llm.told
+
+    def forwarding(self) -> Any:
+        """Within it, the language model's runs are captured where they can be."""
+        from contextlib import nullcontext
+
+        return nullcontext() if self._llm_blocked is not None else self._serving()
+
+    def handed_out(self, out: Any) -> Any:
+        """What generate returned, with a cache that its caller may keep."""
+        from vtc.runtime.static_cache import CountedCache
+
+        cache = getattr(out, "past_key_values", None)
+        if isinstance(cache, CountedCache):
+            out.past_key_values = cache.snapshot()
+            remember(out.past_key_values, remembered(cache))
+        return out
+
+    def _why_not(self) -> str | None:
+        """Why nothing can be captured now; drops what no longer holds."""
+        model: Any = self.session.adapter.model
+        device = model.device
+        if self.graphs.backend == "cuda" and device.type != "cuda":
+            return f"no CUDA device: the model is on {device.type}"
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            return "the model is spread over several devices"
+        if model.training:
+            return "the model is in training mode; call model.eval()"
+        if torch.is_grad_enabled():
+            return "gradients may be wanted; run it under torch.no_grad()"
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on; load the model in the dtype wanted"
+        seen = self._signature()
+        if seen != self._seen:
+            self.clear()
+            adapter = self.session.adapter
+            # hooks of the whole part are run around a replay
+            self._modules = {
+                "llm": [
+                    m for m in adapter.language_model.modules() if m is not adapter.language_model
+                ],
+                "tower": [m for m in adapter.tower.modules() if m is not adapter.tower],
+            }
+            self._seen = self._signature()
+        return None
+
+    def _why_not_llm(self) -> str | None:
+        session = self.session
+        if session.layers.cuts:
+            return "the method cuts between decoder layers, how much depends on the prompt"
+        if session.rows.acts:
+            return "the method has visual rows skip work in decoder layers"
+        if session.adapter.deepstack_layers:
+            return "features of inner encoder blocks are added between decoder layers"
+        return self.llm.refusal()
+
+    def _attached(self, part: str) -> str | None:
+        """What is attached to modules of a part that no replay would call."""
+        for module in self._modules[part]:
+            if hasattr(module, "_hf_hook"):
+                return "weights are moved by hooks of accelerate while the model runs"
+            if type(module).__module__.startswith("peft."):
+                return "adapters of PEFT are attached; merge them"
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if any(getattr(h, "__name__", "") != _OF_TRANSFORMERS for h in hooks):
+                return f"a hook is attached to a {type(module).__name__}, which no replay calls"
+        return None
+
+    def _signature(self) -> tuple[Any, ...]:
+        """What changes when the model is moved, its weights replaced or something attached: some
+        weights of each part, and how many hooks there are."""
+        adapter = self.session.adapter
+        parts: list[Any] = []
+        for blocks in (adapter.language_model.layers, self.session.tower.encoder.blocks):
+            parts += [blocks[0], blocks[len(blocks) // 2], blocks[-1]]  # type: ignore[index]
+        weights = tuple(w.data_ptr() for part in parts for w in part.parameters())
+        modules = [m for part in self._modules.values() for m in part]
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+        return weights, hooks, len(modules)
+
+
+def _why_not_generate(config: Any, model_kwargs: Mapping[str, Any], mode: Any) -> str | None:
+    """Why a generate's steps are not captured; None if they are."""
+    if mode.value not in ("greedy_search", "sample"):
+        return f"{mode.value} reorders or crops its cache"
+    if config.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation={config.cache_implementation!r} was asked for"
+    if config.use_cache is False:
+        return "use_cache=False was asked for"
+    if config.output_attentions or config.output_hidden_states:
+        return "hidden states or attentions are wanted"
+    from transformers import DynamicCache
+
+    cache = model_kwargs.get("past_key_values")
+    if type(cache) is not DynamicCache or cache.get_seq_length():
+        return "it goes on behind a cache of the caller's"
+    return None

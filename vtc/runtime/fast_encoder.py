@@ -1,0 +1,102 @@
+"""The encoder of a patched model as one captured call: pixels in, tokens and signals out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vtc import dispatch
+from vtc.runtime.graphs import Graphs
+from vtc.runtime.images import Images
+from vtc.runtime.probe import implementation, together
+
+if TYPE_CHECKING:
+    from vtc.runtime.session import Session
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What an encoder gave.
+
+    Attributes:
+        features: `[T, D]`, what the stock model puts at `Images.places`.
+        signals: what the method asked for, by key, as in `Tokens.signals`.
+    """
+
+    features: Tensor
+    signals: dict[str, Tensor]
+
+    def into(self, embeds: Tensor, images: Images) -> Tensor:
+        """Text embeddings `[B, S, D]` with the tokens in their places."""
+        places = images.to(embeds.device).places
+        return embeds.index_put((places[:, 0], places[:, 1]), self.features.to(embeds))
+
+
+class FastEncoder:
+    """Captures the encoder once for each size of its pixels.
+
+    Args:
+        session: the patched model's state.
+        graphs: holds what is captured.
+    """
+
+    def __init__(self, session: Session, graphs: Graphs) -> None:
+        self.session, self.graphs = session, graphs
+        # which operations ran when a call was captured: no replay tells
+        self._ran: dict[Any, dict[str, str]] = {}
+
+    def refusal(self, images: Images, inputs: Mapping[str, Any]) -> str | None:
+        """Why this call's encoder is not captured; None if it is."""
+        session, adapter = self.session, self.session.adapter
+        if session.method.site == "pixels":
+            return "the method resizes pixels on the host"
+        if session.tower.cutting(images, session.budget):
+            return "how many patches go on between its blocks depends on them"
+        if adapter.deepstack_layers:
+            return "features of inner blocks go to the language model"
+        if any(visual.video for visual in images.visuals):
+            return "videos are encoded by the stock model"
+        if any(adapter.blends(inputs, i, v) for i, v in enumerate(images.visuals)):
+            return "one token is made of several patches by sizes of the canvas"
+        if any(inputs.get(name) is not None for name in adapter.feature_options):
+            return "the call chooses its features"
+        return None
+
+    def __call__(self, images: Images, inputs: Mapping[str, Any]) -> Encoded:
+        """Encode, or raise `CaptureError`."""
+        adapter = self.session.adapter
+        (name,) = (n for n in adapter.pixel_inputs if inputs.get(n) is not None)
+        host = {
+            key: value.cpu() if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+            if key in adapter.visual_inputs and key != name
+        }
+        pixels = inputs[name]
+        sizes = tuple(
+            (key, tuple(value.flatten().tolist()) if isinstance(value, Tensor) else str(value))
+            for key, value in sorted(host.items())
+            if key != "mm_token_type_ids"
+        )
+        kind = implementation(self.session.tower.encoder.attentions[0])
+        key = ("encoder", tuple(pixels.shape), pixels.dtype, sizes, images.lengths, kind)
+
+        def encode(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            given = {**host, name: pixels}
+            with ExitStack() as stack:
+                stack.enter_context(dispatch.using(self.session.kernels, ran))
+                stack.enter_context(self.session.recording(images, given))
+                if self.session.tower.encoder.packed and kind in ("sdpa", "eager"):
+                    for attention in self.session.tower.encoder.attentions:
+                        stack.enter_context(together(attention))
+                return adapter.encode(given), self.session.tower.read()
+
+        ran = self._ran.setdefault(key, {})
+        with torch.no_grad():
+            encoded = Encoded(*self.graphs.run(key, encode, [pixels]))
+        self.session.ran.update(ran)
+        return encoded
