@@ -23,21 +23,17 @@ if TYPE_CHECKING:
 _OF_TRANSFORMERS = "output_capturing_hook"
 
 
-def checked(fast: Any) -> Backend | None:
-    """`fast` of `vtc.patch` as what captures; None: nothing is.
+def checked(fast: Any) -> bool | str:
+    """`fast` of `vtc.patch`.
 
     Raises:
         OptionError: it is unknown.
     """
-    if fast is False:
-        return None
-    if fast is True:
-        return "cuda"
-    if fast == "eager":
-        return "eager"
+    if isinstance(fast, bool) or (isinstance(fast, str) and fast in ("compile", "eager")):
+        return fast
     raise OptionError(
-        f"fast={fast!r} is unknown; expected True, False, or 'eager' for the fast path's code "
-        "without capture"
+        f"fast={fast!r} is unknown; expected True, False, 'compile' to compile what is captured "
+        "too, or 'eager' for the fast path's code without capture"
     )
 
 
@@ -46,21 +42,24 @@ class Fast:
 
     Args:
         session: the patched model's state.
-        backend: what captures.
+        fast: True, `"compile"` or `"eager"`, as in `vtc.patch`.
 
     Attributes:
         told: by part ("encoder", "prefill", "decode"), how the last call ran it: the backend, or
             why it was left to the stock model.
     """
 
-    def __init__(self, session: Session, backend: Backend) -> None:
+    def __init__(self, session: Session, fast: bool | str) -> None:
         from vtc.runtime.fast_encoder import FastEncoder
         from vtc.runtime.fast_llm import FastLanguageModel
 
         self.session = session
+        backend: Backend = "eager" if fast == "eager" else "cuda"
         self.graphs = Graphs(session.adapter.model.device, backend)
-        self.encoder = FastEncoder(session, self.graphs)
-        self.llm = FastLanguageModel(session.adapter, self.graphs)
+        # the first run of what is compiled makes memory, the second one compiles
+        self.graphs.warm_runs = 3 if fast == "compile" else 1
+        self.encoder = FastEncoder(session, self.graphs, fast == "compile")
+        self.llm = FastLanguageModel(session.adapter, self.graphs, fast == "compile")
         self.told: dict[str, str] = {}
         self._blocked: str | None = None
         self._llm_blocked: str | None = None

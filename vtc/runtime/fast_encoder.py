@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc import dispatch
+from vtc.runtime.compiling import compiled_blocks
 from vtc.runtime.graphs import Graphs
 from vtc.runtime.images import Images
 from vtc.runtime.probe import implementation, together
@@ -43,10 +44,11 @@ class FastEncoder:
     Args:
         session: the patched model's state.
         graphs: holds what is captured.
+        compiles: whether blocks are compiled, but for their attention, before they are captured.
     """
 
-    def __init__(self, session: Session, graphs: Graphs) -> None:
-        self.session, self.graphs = session, graphs
+    def __init__(self, session: Session, graphs: Graphs, compiles: bool = False) -> None:
+        self.session, self.graphs, self.compiles = session, graphs, compiles
         # which operations ran when a call was captured: no replay tells
         self._ran: dict[Any, dict[str, str]] = {}
 
@@ -93,6 +95,8 @@ class FastEncoder:
                 if self.session.tower.encoder.packed and kind in ("sdpa", "eager"):
                     for attention in self.session.tower.encoder.attentions:
                         stack.enter_context(together(attention))
+                if self.compiles:
+                    stack.enter_context(compiled_blocks(self.session.tower.encoder))
                 return adapter.encode(given), self.session.tower.read()
 
         ran = self._ran.setdefault(key, {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtc.adapters.base import Adapter
+from vtc.runtime.compiling import compiled_layers
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.static_cache import CountedCache
 
@@ -46,14 +47,15 @@ class FastLanguageModel:
     Args:
         adapter: describes the model.
         graphs: holds what is captured.
+        compiles: whether decoder layers are compiled before they are captured.
 
     Attributes:
         told: what was done with the prefill and decode steps of the call under way.
     """
 
-    def __init__(self, adapter: Adapter, graphs: Graphs) -> None:
+    def __init__(self, adapter: Adapter, graphs: Graphs, compiles: bool = False) -> None:
         self.model: Any = adapter.language_model
-        self.graphs = graphs
+        self.graphs, self.compiles = graphs, compiles
         self.told: dict[str, str] = {}
         self._caches: OrderedDict[tuple[int, int], CountedCache] = OrderedDict()
         self._busy: CountedCache | None = None
@@ -90,7 +92,7 @@ class FastLanguageModel:
                 found = CountedCache(self.model.config, size[1], device)
             self._caches[size] = found
         self._caches.move_to_end(size)
-        found.at(0)
+        found.count(0)
         found.clean()
         return found
 
@@ -189,27 +191,25 @@ class FastLanguageModel:
             mask = torch.nn.functional.pad(mask, (0, width - mask.shape[-1]))
 
         def run(embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-            if cache is not None:
-                cache.trace(True)
-            try:
-                visible = self._visible(embeds, mask, cache)
+            with ExitStack() as stack:
+                place = torch.arange(length, device=embeds.device)
+                if cache is not None:
+                    place = stack.enter_context(cache.placing(length))
+                    # the first run makes the cache's memory, which the compiler takes as it is
+                if self.compiles and (cache is None or cache.is_initialized):
+                    stack.enter_context(compiled_layers(self.model.layers, cache))
                 out = stock(
                     inputs_embeds=embeds,
-                    attention_mask=visible,
+                    attention_mask=_visible(embeds, mask, place),
                     position_ids=positions,
                     past_key_values=cache,
                     **{**other, "use_cache": cache is not None},
                 )
                 return out[0]  # type: ignore[no-any-return]
-            finally:
-                if cache is not None:
-                    cache.trace(False)
 
-        def reset() -> None:
-            if cache is not None:
-                cache.at(start)
-
-        hidden = self.graphs.run(key, run, [embeds, mask, positions], reset)
+        if cache is not None:
+            cache.start.fill_(start)
+        hidden = self.graphs.run(key, run, [embeds, mask, positions])
         if cache is not None:
             cache.count(start + length)
         self.told["decode" if start else "prefill"] = self.graphs.backend
@@ -218,16 +218,14 @@ class FastLanguageModel:
             kept = cache.snapshot()
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
 
-    def _visible(self, embeds: Tensor, mask: Tensor, cache: CountedCache | None) -> Tensor:
-        """What each entry attends to, as numbers to be added, `[B, 1, L, entries]`: once, instead
-        of in each layer."""
-        entry = torch.arange(mask.shape[-1], device=embeds.device)
-        row = torch.arange(embeds.shape[1], device=embeds.device)
-        if cache is not None:
-            row = row + cache.get_seq_length()
-        seen = (entry <= row[:, None]) & (mask[:, None] != 0)  # [B, L, entries]
-        lowest = torch.finfo(embeds.dtype).min
-        return torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, lowest)[:, None]
+
+def _visible(embeds: Tensor, mask: Tensor, place: Tensor) -> Tensor:
+    """What each entry attends to, as numbers to be added, `[B, 1, L, entries]`: once, instead of in
+    each layer."""
+    entry = torch.arange(mask.shape[-1], device=embeds.device)
+    seen = (entry <= place[:, None]) & (mask[:, None] != 0)  # [B, L, entries]
+    lowest = torch.finfo(embeds.dtype).min
+    return torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, lowest)[:, None]
 
 
 def _of_cache(size: tuple[int, int], key: Any) -> bool:

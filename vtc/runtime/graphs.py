@@ -54,7 +54,7 @@ class Graphs:
         self._held: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._failed: dict[Hashable, str] = {}
         self._pool: Any = None
-        self.captures = 0
+        self.captures, self.warm_runs = 0, 1
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -80,25 +80,21 @@ class Graphs:
         key: Hashable,
         function: Function,
         inputs: list[Tensor],
-        before: Callable[[], None] = lambda: None,
     ) -> Any:
         """`function(*inputs)`; from its second call of this key on, replayed.
 
         Args:
             key: everything that decides what the function does, but the numbers in `inputs`.
-            function: reads its arguments and nothing else that changes; must not look at numbers
-                on the device.
+            function: does the same when it is run again; must not look at numbers on the device.
             inputs: tensors, of the shapes and types that the key stands for; one shorter than its
                 buffer in the last dimension is padded with zeros.
-            before: brings back whatever the function changes besides its output; called before
-                each of the runs that a capture takes, and before the first replay.
 
         Raises:
             CaptureError: it cannot be captured; nothing is held.
         """
         captured = self._held.get(key)
         if captured is None:
-            captured = self._capture(key, function, inputs, before)
+            captured = self._capture(key, function, inputs)
         else:
             self._held.move_to_end(key)
             for buffer, given in zip(captured.inputs, inputs, strict=True):
@@ -111,7 +107,6 @@ class Graphs:
         key: Hashable,
         function: Function,
         inputs: list[Tensor],
-        before: Callable[[], None],
     ) -> _Captured:
         if (reason := self._failed.get(key)) is not None:
             raise CaptureError(reason)
@@ -124,19 +119,16 @@ class Graphs:
                 captured = _eager(function, buffers)
             else:
                 try:
-                    captured = self._on_cuda(function, buffers, before)
+                    captured = self._on_cuda(function, buffers)
                 except RuntimeError as error:
                     reason = str(error).strip().split("\n")[0]
                     self._failed[key] = f"it cannot be captured: {reason}"
                     raise CaptureError(self._failed[key]) from error
-        before()
         self.captures += 1
         self._held[key] = captured
         return captured
 
-    def _on_cuda(
-        self, function: Function, buffers: list[Tensor], before: Callable[[], None]
-    ) -> _Captured:
+    def _on_cuda(self, function: Function, buffers: list[Tensor]) -> _Captured:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         reserved = torch.cuda.memory_reserved(self.device)
@@ -144,10 +136,9 @@ class Graphs:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             # what is made on first use (kernels, tables, workspaces) cannot be made in a capture
-            before()
-            function(*buffers)
+            for _ in range(self.warm_runs):
+                function(*buffers)
         current.wait_stream(stream)
-        before()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"

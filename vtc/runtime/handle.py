@@ -224,7 +224,7 @@ def patch(
     keep: float | int | None = None,
     *,
     positions: Positions = "keep",
-    fast: bool | Literal["eager"] = False,
+    fast: bool | Literal["compile", "eager"] = False,
     kernels: str = "auto",
     seed: int = 0,
     **method_options: Any,
@@ -242,7 +242,8 @@ def patch(
             method's official code does.
         fast: capture the encoder, the prefill and the decode steps as CUDA graphs, by size of the
             pixels and by length of the text. What cannot be captured runs as it would without, and
-            `report().fast` says why. `"eager"` runs the same code without capture.
+            `report().fast` says why. `"compile"` also compiles them with torch before, which takes
+            some seconds for each new size. `"eager"` runs the fast path's code without capture.
         kernels: `"auto"`, `"torch"` or `"triton"`.
         seed: for methods that draw.
         **method_options: options of a method given by name.
@@ -257,7 +258,7 @@ def patch(
         raise OptionError(
             f"positions={positions!r} is unknown; expected one of {', '.join(get_args(Positions))}"
         )
-    backend = checked(fast)
+    checked(fast)
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise OptionError(f"seed={seed!r} is a {type(seed).__name__}, expected an int")
     adapter = adapter_of(model)
@@ -270,8 +271,8 @@ def patch(
     policy = chosen.published_positions if positions == "published" else positions
     session = Session(adapter, chosen, budget, policy, operator.index(seed))
     session.kernels = kernels
-    if backend is not None:
-        session.fast = Fast(session, backend)
+    if fast:
+        session.fast = Fast(session, fast)
     return Handle(session, positions)
 
 

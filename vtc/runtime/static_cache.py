@@ -5,6 +5,8 @@ A `StaticCache` of transformers whose length the host knows, so that nothing wai
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,35 +16,37 @@ from transformers.cache_utils import StaticLayer
 
 
 class CountedLayer(StaticLayer):
-    """A static layer that also counts on the host.
+    """A static layer that counts on the host.
 
     Attributes:
         filled: its entries.
-        tracing: whether its length is asked for by something that is replayed at other lengths.
+        place: where the next entries go, `int64[n]`, while it is part of what is captured: then the
+            host must not count. None: behind those that are there.
     """
 
     # generate must neither compile for it nor make its masks: the captured call does
     is_compileable = False
 
-    def __init__(self, max_cache_len: int, count: Tensor) -> None:
+    def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
-        self.filled, self.tracing = 0, False
-        self._count = count
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate; the device's count is one of a row, so that all are reset at once."""
-        super().lazy_initialization(key_states, value_states)
-        self.cumulative_length = self._count
+        self.filled = 0
+        self.place: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Add entries."""
-        self.filled += key_states.shape[-2]
-        return super().update(key_states, value_states, *args, **kwargs)
+        """Add entries `[B, H, n, d]`; returns all, `[B, H, capacity, d]`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self.place
+        if place is None:
+            end = self.filled + key_states.shape[-2]
+            place = torch.arange(self.filled, end, device=key_states.device)
+            self.filled = end
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
+        return self.keys, self.values
 
-    def get_seq_length(self) -> Any:
-        """Its entries: a number, or a tensor where that is part of what is captured."""
-        if self.tracing:
-            return self._count
+    def get_seq_length(self) -> int:
+        """Its entries."""
         return self.filled
 
 
@@ -53,13 +57,16 @@ class CountedCache(StaticCache):
         config: of the text model.
         capacity: entries of a row.
         device: of the language model.
+
+    Attributes:
+        start: the number of entries on the device, `int64[]`, for what is captured.
     """
 
     def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
         super().__init__(config=config, max_cache_len=capacity)
         self.capacity = capacity
-        self._counts = torch.zeros(len(self.layers), dtype=torch.long, device=device)
-        self.layers = [CountedLayer(capacity, self._counts[i]) for i in range(len(self.layers))]
+        self.layers = [CountedLayer(capacity) for _ in self.layers]
+        self.start = torch.zeros((), dtype=torch.long, device=device)
 
     @staticmethod
     def fits(config: Any) -> bool:
@@ -72,27 +79,29 @@ class CountedCache(StaticCache):
         """Entries, the same in all layers."""
         return int(self.layers[0].filled)
 
-    def at(self, length: int) -> None:
-        """Say that there are so many entries, on the host and on the device."""
-        for layer in self.layers:
-            layer.filled = length
-        self._counts.fill_(length)
-
     def count(self, length: int) -> None:
-        """Say on the host that there are so many entries: the device has counted by itself."""
+        """Say that there are so many entries."""
         for layer in self.layers:
             layer.filled = length
+
+    @contextmanager
+    def placing(self, length: int) -> Iterator[Tensor]:
+        """Within it, so many entries are added behind `start` entries, wherever that is on the
+        device; yields their places, `int64[length]`."""
+        place = self.start + torch.arange(length, device=self.start.device)
+        for layer in self.layers:
+            layer.place = place
+        try:
+            yield place
+        finally:
+            for layer in self.layers:
+                layer.place = None
 
     def clean(self) -> None:
-        """Take away numbers that are not finite: what is masked is still multiplied by zero."""
+        """Take away numbers that may not be finite: what is masked is multiplied by zero still."""
         there = [layer for layer in self.layers if layer.is_initialized]
         if there:
             torch._foreach_zero_([x for layer in there for x in (layer.keys, layer.values)])
-
-    def trace(self, tracing: bool) -> None:
-        """Whether lengths are asked for by something that is being captured."""
-        for layer in self.layers:
-            layer.tracing = tracing
 
     def held_bytes(self) -> int:
         """Memory that its entries take."""
