@@ -7,20 +7,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from vtc.errors import OptionError
 from vtc.runtime.cache import remember, remembered
 from vtc.runtime.graphs import Backend, CaptureError, Graphs
+from vtc.runtime.watch import Watch
 from vtc.types import Selection
 
 if TYPE_CHECKING:
     from vtc.runtime.fast_encoder import Encoded
     from vtc.runtime.images import Images
     from vtc.runtime.session import Session
-
-# the hooks by which transformers itself collects hidden states
-_OF_TRANSFORMERS = "output_capturing_hook"
 
 
 def checked(fast: Any) -> bool | str:
@@ -63,8 +60,8 @@ class Fast:
         self.told: dict[str, str] = {}
         self._blocked: str | None = None
         self._llm_blocked: str | None = None
-        self._seen: tuple[Any, ...] | None = None
-        self._modules: dict[str, list[nn.Module]] = {"llm": [], "tower": []}
+        self._watched: dict[str, Watch] | None = None
+        self._attached: dict[str, str | None] = {}
 
     @property
     def held_bytes(self) -> int:
@@ -84,8 +81,8 @@ class Fast:
     def begin(self) -> None:
         """A call begins: whether anything can be captured, and whether what is still holds."""
         reason = self._why_not()
-        self._blocked = reason or self._attached("tower")
-        self._llm_blocked = reason or self._why_not_llm() or self._attached("llm")
+        self._blocked = reason or self._attached["tower"]
+        self._llm_blocked = reason or self._why_not_llm() or self._attached["llm"]
         self.told = {"encoder": self._blocked or "not run"}
         self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
 
@@ -199,18 +196,14 @@ class Fast:
             return "gradients may be wanted; run it under torch.no_grad()"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on; load the model in the dtype wanted"
-        seen = self._signature()
-        if seen != self._seen:
+        if self._watched is None or any(watch.changed for watch in self._watched.values()):
             self.clear()
             adapter = self.session.adapter
-            # hooks of the whole part are run around a replay
-            self._modules = {
-                "llm": [
-                    m for m in adapter.language_model.modules() if m is not adapter.language_model
-                ],
-                "tower": [m for m in adapter.tower.modules() if m is not adapter.tower],
+            self._watched = {
+                "llm": Watch(adapter.language_model, adapter.language_model.layers),
+                "tower": Watch(adapter.tower, self.session.tower.encoder.blocks),
             }
-            self._seen = self._signature()
+            self._attached = {part: watch.refusal() for part, watch in self._watched.items()}
         return None
 
     def _why_not_llm(self) -> str | None:
@@ -222,30 +215,6 @@ class Fast:
         if session.adapter.deepstack_layers:
             return "features of inner encoder blocks are added between decoder layers"
         return self.llm.refusal()
-
-    def _attached(self, part: str) -> str | None:
-        """What is attached to modules of a part that no replay would call."""
-        for module in self._modules[part]:
-            if hasattr(module, "_hf_hook"):
-                return "weights are moved by hooks of accelerate while the model runs"
-            if type(module).__module__.startswith("peft."):
-                return "adapters of PEFT are attached; merge them"
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(getattr(h, "__name__", "") != _OF_TRANSFORMERS for h in hooks):
-                return f"a hook is attached to a {type(module).__name__}, which no replay calls"
-        return None
-
-    def _signature(self) -> tuple[Any, ...]:
-        """What changes when the model is moved, its weights replaced or something attached: some
-        weights of each part, and how many hooks there are."""
-        adapter = self.session.adapter
-        parts: list[Any] = []
-        for blocks in (adapter.language_model.layers, self.session.tower.encoder.blocks):
-            parts += [blocks[0], blocks[len(blocks) // 2], blocks[-1]]  # type: ignore[index]
-        weights = tuple(w.data_ptr() for part in parts for w in part.parameters())
-        modules = [m for part in self._modules.values() for m in part]
-        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
-        return weights, hooks, len(modules)
 
 
 def _why_not_generate(config: Any, model_kwargs: Mapping[str, Any], mode: Any) -> str | None:
