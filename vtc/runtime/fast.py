@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from vtc.checks import deferred
 from vtc.errors import OptionError
 from vtc.runtime.cache import remember, remembered
 from vtc.runtime.graphs import Backend, CaptureError, Graphs
@@ -119,15 +121,21 @@ class Fast:
         return bucket(max(rows))
 
     @contextmanager
-    def generating(self, prompt: int) -> Iterator[None]:
+    def generating(self, prompt: int, given: dict[str, Tensor], more: int | None) -> Iterator[None]:
         """Within it, a stock generate on short embeddings runs captured.
 
         Args:
             prompt: length of the original prompt, from which generate counts.
+            given: embeddings, mask and position ids of the short prompt.
+            more: how many tokens generate will add at most, as far as can be told before; None: it
+                cannot, or their first run is not worth to be started before.
         """
         if self._llm_blocked is not None:
             yield
             return
+        if more is not None:
+            with deferred(self.session.checks):
+                self.llm.run_ahead(given["inputs_embeds"].shape[1] + more, **given)
         model: Any = self.session.adapter.model
         stock = model._prepare_cache_for_generation
 
@@ -153,7 +161,7 @@ class Fast:
 
         model._prepare_cache_for_generation = prepare
         try:
-            with self._serving():
+            with self._serving(), deferred(self.session.checks):
                 yield
         finally:
             del model._prepare_cache_for_generation

@@ -10,22 +10,32 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtc.adapters.base import Adapter
+from vtc.checks import require_none
 from vtc.runtime.compiling import compiled_layers
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.static_cache import CountedCache
 
 _CACHES = 4
 _KIND = "language model"
-# what a language model may be told besides its tensors
-_PLAIN = (bool, int, float, str, type(None))
+# what a language model may be told; anything else has to be nothing
+_KNOWN = (
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "return_dict",
+)
 
 
 def bucket(length: int) -> int:
@@ -39,6 +49,35 @@ def capacity(length: int) -> int:
     """The next capacity of a cache: a multiple of 256, beyond 4096 of 1024."""
     step = 256 if length <= 4096 else 1024
     return -(-length // step) * step
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What one run of a language model is given.
+
+    Attributes:
+        embeds: `[B, L, D]`.
+        mask: `[B, n]` over the entries that there are then.
+        positions: `[(P,) B, L]`.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """What decides about a capture, but for the mask, which grows."""
+        return tuple(self.embeds.shape), self.embeds.dtype, tuple(self.positions.shape)
+
+    def differ(self, other: _Inputs) -> Tensor:
+        """Whether numbers are not the same, on the device."""
+        parts = zip(
+            (self.embeds, self.mask, self.positions),
+            (other.embeds, other.mask, other.positions),
+            strict=True,
+        )
+        return torch.stack([(a != b).any() for a, b in parts]).any()
 
 
 class FastLanguageModel:
@@ -58,7 +97,7 @@ class FastLanguageModel:
         self.graphs, self.compiles = graphs, compiles
         self.told: dict[str, str] = {}
         self._caches: OrderedDict[tuple[int, int], CountedCache] = OrderedDict()
-        self._busy: CountedCache | None = None
+        self._ahead: tuple[CountedCache, _Inputs, Tensor] | None = None
 
     def refusal(self) -> str | None:
         """Why nothing of this language model can be captured; None if it can."""
@@ -72,6 +111,7 @@ class FastLanguageModel:
     def clear(self) -> None:
         """Drop the caches."""
         self._caches.clear()
+        self._ahead = None
 
     @property
     def held_bytes(self) -> int:
@@ -79,7 +119,8 @@ class FastLanguageModel:
         return sum(cache.held_bytes() for cache in self._caches.values())
 
     def cache(self, batch: int, length: int) -> CountedCache:
-        """An empty cache for so many rows of at least this length."""
+        """An empty cache for so many rows of at least this length; the one that holds what was run
+        ahead, if it is for the same."""
         size = (batch, capacity(length))
         found = self._caches.get(size)
         if found is None:
@@ -92,9 +133,27 @@ class FastLanguageModel:
                 found = CountedCache(self.model.config, size[1], device)
             self._caches[size] = found
         self._caches.move_to_end(size)
-        found.count(0)
-        found.clean()
+        if self._ahead is None or self._ahead[0] is not found:
+            found.count(0)
+            found.clean()
         return found
+
+    def run_ahead(self, length: int, **given: Tensor) -> None:
+        """Start the prefill of a prompt before generate gets to it: the device works meanwhile.
+
+        Args:
+            length: entries that the cache will have to hold.
+            **given: of generate.
+        """
+        inputs = _Inputs(given["inputs_embeds"], given["attention_mask"], given["position_ids"])
+        self._ahead = None
+        cache = self.cache(len(inputs.embeds), length)
+        try:
+            hidden = self._captured(self.model.forward, inputs, cache)
+        except CaptureError:
+            return  # generate will run it, and say why
+        cache.count(0)
+        self._ahead = cache, inputs, hidden
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -112,6 +171,7 @@ class FastLanguageModel:
         try:
             yield
         finally:
+            self._ahead = None
             if had:
                 self.model.forward = stock
             else:
@@ -122,12 +182,22 @@ class FastLanguageModel:
         embeds = kwargs.get("inputs_embeds")
         if not isinstance(embeds, Tensor) or kwargs.get("input_ids") is not None:
             return stock(**kwargs)
-        first = given is None or (isinstance(given, CountedCache) and given.filled == 0)
-        step = "prefill" if first else "decode"
+        behind = given.filled if isinstance(given, CountedCache) else 0
+        step = "decode" if behind else "prefill"
         reason = self._odd(kwargs, embeds, given)
         if reason is None:
+            wanted = kwargs.get("use_cache")
+            cache: CountedCache | None = given
+            if cache is None and (self.model.config.use_cache if wanted is None else wanted):
+                cache = self.cache(len(embeds), embeds.shape[1])
+            inputs = _inputs(kwargs, embeds, behind)
             try:
-                return self._captured(stock, kwargs, embeds, given)
+                hidden = self._taken(inputs, cache)
+                if hidden is None:
+                    hidden = self._captured(stock, inputs, cache)
+                self.told[step] = self.graphs.backend
+                kept: Any = cache.snapshot() if cache is not None and given is None else cache
+                return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
             except CaptureError as error:
                 reason = str(error)
         self.told[step] = reason
@@ -146,56 +216,49 @@ class FastLanguageModel:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return "its attention mask was prepared before"
-        known = ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
         for name, value in kwargs.items():
-            if name not in known and not isinstance(value, _PLAIN):
+            if name not in _KNOWN and value is not None and value is not False:
                 return f"it is given {name}"
-        if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-            return "hidden states or attentions are wanted"
         return None
 
-    def _captured(
-        self, stock: Callable[..., Any], kwargs: dict[str, Any], embeds: Tensor, given: Any
-    ) -> Any:
-        batch, length, _ = embeds.shape
-        use_cache = kwargs.get("use_cache")
-        use_cache = self.model.config.use_cache if use_cache is None else use_cache
-        cache: CountedCache | None = given
-        if cache is None and use_cache:
-            cache = self.cache(batch, length)
-        start = 0 if cache is None else cache.filled
-        size = None if cache is None else (batch, cache.capacity)
-        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if mask is None:
-            mask = torch.ones(batch, start + length, dtype=torch.long, device=embeds.device)
-        if positions is None:
-            positions = torch.arange(start, start + length, device=embeds.device)[None]
-        other = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in ("inputs_embeds", "attention_mask", "position_ids", "past_key_values")
-        }
-        width = length if cache is None else cache.capacity
-        key = (
-            _KIND,
-            size,
-            tuple(embeds.shape),
-            embeds.dtype,
-            tuple(positions.shape),
-            mask.dtype,
-            tuple(sorted(other.items())),
-            self.model.config._attn_implementation,
+    def _taken(self, inputs: _Inputs, cache: CountedCache | None) -> Tensor | None:
+        """The hidden states of what was run ahead, if it is this; it is checked later that the
+        numbers are the same."""
+        if self._ahead is None or cache is not self._ahead[0] or cache.filled:
+            return None
+        _, before, hidden = self._ahead
+        self._ahead = None
+        if before.shapes != inputs.shapes or before.mask.shape != inputs.mask.shape:
+            return None
+        require_none(
+            inputs.differ(before),
+            "generate changed the compressed prompt before its first forward, expected it as it "
+            "was given: patch with fast=False",
         )
-        if not self.graphs.holds(key):
-            # a buffer of the cache's length, whatever is filled of it now
-            mask = torch.nn.functional.pad(mask, (0, width - mask.shape[-1]))
+        cache.count(inputs.embeds.shape[1])
+        return hidden
+
+    def _captured(
+        self, stock: Callable[..., Any], inputs: _Inputs, cache: CountedCache | None
+    ) -> Tensor:
+        """Hidden states `[B, L, D]`; the cache is filled.
+
+        Raises:
+            CaptureError: it cannot be captured.
+        """
+        batch, length, _ = inputs.embeds.shape
+        start = 0 if cache is None else cache.filled
+        entries = length if cache is None else cache.capacity
+        size = None if cache is None else (batch, cache.capacity)
+        kind = self.model.config._attn_implementation
+        key = (_KIND, size, *inputs.shapes, inputs.mask.dtype, kind)
 
         def run(embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
             with ExitStack() as stack:
                 place = torch.arange(length, device=embeds.device)
                 if cache is not None:
                     place = stack.enter_context(cache.placing(length))
-                    # the first run makes the cache's memory, which the compiler takes as it is
+                # the first run makes the cache's memory, which the compiler takes as it is
                 if self.compiles and (cache is None or cache.is_initialized):
                     stack.enter_context(compiled_layers(self.model.layers, cache))
                 out = stock(
@@ -203,20 +266,31 @@ class FastLanguageModel:
                     attention_mask=_visible(embeds, mask, place),
                     position_ids=positions,
                     past_key_values=cache,
-                    **{**other, "use_cache": cache is not None},
+                    use_cache=cache is not None,
                 )
                 return out[0]  # type: ignore[no-any-return]
 
+        mask = inputs.mask
+        if not self.graphs.holds(key):
+            # a buffer for all entries, whatever is filled now
+            mask = F.pad(mask, (0, entries - mask.shape[-1]))
         if cache is not None:
             cache.start.fill_(start)
-        hidden = self.graphs.run(key, run, [embeds, mask, positions])
+        hidden: Tensor = self.graphs.run(key, run, [inputs.embeds, mask, inputs.positions])
         if cache is not None:
             cache.count(start + length)
-        self.told["decode" if start else "prefill"] = self.graphs.backend
-        kept: Any = cache
-        if given is None and cache is not None:
-            kept = cache.snapshot()
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=kept)
+        return hidden
+
+
+def _inputs(kwargs: Mapping[str, Any], embeds: Tensor, behind: int) -> _Inputs:
+    """A forward's tensors, with what the stock model would put in the place of missing ones."""
+    batch, length, _ = embeds.shape
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is None:
+        mask = torch.ones(batch, behind + length, dtype=torch.long, device=embeds.device)
+    if positions is None:
+        positions = torch.arange(behind, behind + length, device=embeds.device)[None]
+    return _Inputs(embeds, mask, positions)
 
 
 def _visible(embeds: Tensor, mask: Tensor, place: Tensor) -> Tensor:

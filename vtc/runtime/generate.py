@@ -10,7 +10,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -147,10 +147,23 @@ class GenerateSeam:
         with _processors_see(model, kwargs["input_ids"], turn.whole_mask), session.deepstack(short):
             session.expect_layers(images, short)
             given = _shortened(session, kwargs, turn.continued(short, session), config)
-            with session.fast_generate(turn):
+            with self._captured(turn, given, config):
                 out = self._run(given, turn.state(short), used=False)
         session.checks.settle()
         return out if session.fast is None else session.fast.handed_out(out)
+
+    def _captured(
+        self, turn: Turn, given: dict[str, Any], config: _Config
+    ) -> AbstractContextManager[None]:
+        """Within it, a stock generate of a short prompt is captured where it can be."""
+        if (fast := self.session.fast) is None or turn.past is not None:
+            return nullcontext()
+        prompt = {n: given[n] for n in ("inputs_embeds", "attention_mask", "position_ids")}
+        # what stock generate adds if it is told nothing
+        more = given.get("max_new_tokens") or config["max_new_tokens"] or 20
+        return fast.generating(
+            turn.whole_mask.shape[1], prompt, more if config.runs_prompt_once else None
+        )
 
     def _assisted(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
         """Through the forward seam: stock assisted decoding cannot start from embeddings."""
@@ -247,6 +260,17 @@ class _Config:
             self[name] is not None and self[name] is not False for name in asked
         )
         return speculates and (self["num_beams"] or 1) == 1
+
+    @property
+    def runs_prompt_once(self) -> bool:
+        """Whether generate will run the prompt as it is, on a cache of its own making."""
+        return (
+            (self["num_beams"] or 1) == (self["num_return_sequences"] or 1) == 1
+            and self["cache_implementation"] is None
+            and self["use_cache"] is not False
+            and self.given.get("custom_generate") is None
+            and not (self["output_attentions"] or self["output_hidden_states"])
+        )
 
 
 def _by_keyword(

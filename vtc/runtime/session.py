@@ -415,15 +415,6 @@ class Session:
         """Whether short rows are padded to a length that a captured prefill takes."""
         return self.fast is not None and self.fast.prefills
 
-    @contextmanager
-    def fast_generate(self, turn: Any) -> Iterator[None]:
-        """Within it, a stock generate of this turn is captured where it can be."""
-        if self.fast is None or turn.past is not None:
-            yield
-            return
-        with self.fast.generating(turn.whole_mask.shape[1]):
-            yield
-
     def signals(self, needs: tuple[Signal, ...]) -> dict[str, Tensor]:
         """What the encoder left in the call under way, by key."""
         if self.encoded is None:

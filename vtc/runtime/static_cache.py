@@ -35,7 +35,9 @@ class CountedLayer(StaticLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add entries `[B, H, n, d]`; returns all, `[B, H, capacity, d]`."""
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            # what one call makes under inference_mode, another could not write to
+            with torch.inference_mode(False):
+                self.lazy_initialization(key_states, value_states)
         place = self.place
         if place is None:
             end = self.filled + key_states.shape[-2]
