@@ -254,16 +254,16 @@ def greedy_map(kernel: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
     kernel = kernel.float().masked_fill(~(valid[:, None] & valid[..., None]), 0)
     diagonal = kernel.diagonal(dim1=-2, dim2=-1)
     groups, taken, left = torch.arange(len(kernel), device=kernel.device), ~valid, diagonal
-    factor, chosen = kernel.new_zeros(len(kernel), width, n), []  # [G, K, N]
+    factor, chosen = kernel.new_zeros(len(kernel), n, width), []  # [G, N, K]
     for i in range(width):
         j = left.masked_fill(taken, float("-inf")).argmax(-1)
         # a product and a sum, so that equal tokens tie exactly: see `greedy_diverse`
-        known = (factor[:, :i] * factor[groups, :i, j][..., None]).sum(1)
+        known = (factor[..., :i] * factor[groups, j, None, :i]).sum(-1)
         pivot = left.gather(1, j[:, None])
         row = torch.where(pivot > 0, (kernel[groups, j] - known) / pivot.sqrt(), 0)
         left = left - row * row
         left = left.masked_fill(left <= SPENT * diagonal, 0)
-        factor[:, i], taken = row, taken.scatter(1, j[:, None], True)
+        factor[..., i], taken = row, taken.scatter(1, j[:, None], True)
         chosen.append(j)
     keep_valid = (
         torch.arange(width, device=valid.device)
