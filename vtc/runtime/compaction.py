@@ -143,22 +143,33 @@ def plan(
     origin = torch.arange(length + 1, device=device).repeat(batch, 1)
     at = positions[:, : keep.shape[1]].clamp_min(0).to(device)
     origin[row, kept] = placed.columns.gather(1, at)
-    extra: tuple[Tensor, ...] = (torch.empty(batch, 0, dtype=torch.long, device=device),) * 4
-    if positions.shape[1] > keep.shape[1]:
-        parts = _appended(images, positions[:, keep.shape[1] :].cpu(), batch)
-        extra = tuple(part.to(device) for part in parts)
-    extra_column, extra_origin, extra_group, extra_valid = extra
-    here = torch.arange(length, device=device).expand(batch, -1)
+    first = (attention_mask != 0).int().argmax(-1, keepdim=True)
+    origin, group = origin[:, :length], group[:, :length]
+    if positions.shape[1] == keep.shape[1]:
+        width = int(stays.sum(-1).max()) if width is None else width
+        index, valid = ops.packed_index(stays, width)
+        places = index, origin.gather(1, index), group.gather(1, index)
+        return Compaction(index, valid, *places, first=first, length=length, appended=0)
+    parts = _appended(images, positions[:, keep.shape[1] :].cpu(), batch)
+    column, *behind = (part.to(device) for part in parts)
     # where nothing is kept as it is, slots stand where they belong, before a newline of their row
-    columns = torch.cat([here, extra_column if keep.shape[1] else extra_origin], 1)
-    origin = torch.cat([origin[:, :length], extra_origin], 1)
-    group = torch.cat([group[:, :length], extra_group], 1)
-    used = torch.cat([stays, extra_valid.bool()], 1)
+    behind = [column if keep.shape[1] else behind[0], *behind]
+    here = torch.arange(length, device=device).expand(batch, -1)
+    return _sorted((here, origin, group, stays), behind, first, width)
 
+
+def _sorted(
+    there: tuple[Tensor, ...], behind: list[Tensor], first: Tensor, width: int | None
+) -> Compaction:
+    """Original columns and appended slots as one sequence; both as their column, the column whose
+    position they take, their image, and whether they are used."""
+    length, appended = there[0].shape[1], behind[0].shape[1]
+    columns, origin, group, used = (
+        torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(there, behind, strict=True)
+    )
     # appended slots sort behind their column, before the next one
-    appended = extra_valid.shape[1]
     key = columns * (appended + 1)
-    key[:, length:] += 1 + torch.arange(appended, device=device)
+    key[:, length:] += 1 + torch.arange(appended, device=key.device)
     width = int(used.sum(-1).max()) if width is None else width
     if (more := max(width - used.shape[1], 0)) > 0:
         key, used, columns, origin, group = (
@@ -171,7 +182,7 @@ def plan(
         columns=columns.gather(1, order),
         origin=origin.gather(1, order),
         group=group.gather(1, order),
-        first=(attention_mask != 0).int().argmax(-1, keepdim=True),
+        first=first,
         length=length,
         appended=appended,
     )
