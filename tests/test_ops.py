@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vtc import ops
+from vtc.types import Selection
 
 
 @pytest.mark.parametrize("n", [1, 63, 217, 577])
@@ -147,3 +148,81 @@ def test_compact_gathers_rows_and_zeroes_the_rest(shape: tuple[int, ...]) -> Non
     assert torch.equal(got[0], x[0, [0, 6, 2]])
     assert torch.equal(got[1, 0], x[1, 5])
     assert (got[1, 1:] == 0).all()
+
+
+@given(st.data())
+def test_map_takes_what_raises_the_determinant_most(data: st.DataObject) -> None:
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 999)))
+    groups, n = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    x = torch.randn(groups, n, 12, generator=g)
+    kernel = x @ x.mT
+    valid = torch.rand(groups, n, generator=g) < 0.8
+    for part in (kernel, kernel.mT):
+        part[~valid] = data.draw(st.sampled_from([0.0, 1e9, float("nan")]))
+    counts = torch.tensor([data.draw(st.integers(0, int(v.sum()))) for v in valid])
+    keep, keep_valid = ops.greedy_map(kernel, valid, counts)
+    assert keep.shape == keep_valid.shape == (groups, max(counts))
+    for i in range(groups):
+        chosen: list[int] = []
+        while len(chosen) < counts[i]:
+            left = [j for j in valid[i].nonzero()[:, 0].tolist() if j not in chosen]
+            volume = [kernel[i][s][:, s].double().det() for s in ([*chosen, j] for j in left)]
+            chosen.append(left[int(torch.stack(volume).argmax())])
+        assert keep[i, keep_valid[i]].tolist() == sorted(chosen)
+        assert (keep[i, ~keep_valid[i]] == 0).all()
+
+
+@pytest.mark.parametrize("n", [5, 31, 63])
+def test_map_of_copies_and_zeros_is_decided_by_index(n: int) -> None:
+    g = torch.Generator().manual_seed(n)
+    x = torch.randn(1, n, 90, generator=g)
+    x = torch.cat([x, torch.zeros(1, 2, 90), x, x], 1)
+    keep, _ = ops.greedy_map(x @ x.mT, torch.ones(1, 3 * n + 2).bool(), torch.tensor([n + 4]))
+    # one of each, whichever; then nothing is left of any
+    firsts = {(i - 2) % n if i >= n + 2 else i for i in keep[0].tolist()} - {n, n + 1}
+    assert firsts == set(range(n))
+    kernel = torch.eye(n).repeat(1, 3, 3)
+    keep, _ = ops.greedy_map(kernel, torch.ones(1, 3 * n).bool(), torch.tensor([n + 2]))
+    assert keep[0].tolist() == list(range(n + 2))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1), st.integers(0, 12))
+def test_marks_are_packed_against_the_right_edge(rows: list[list[bool]], width: int) -> None:
+    index, valid = ops.packed_index(torch.tensor(rows), width)
+    assert index.shape == valid.shape == (len(rows), width)
+    for b, row in enumerate(rows):
+        last = [i for i, used in enumerate(row) if used][-width:] if width else []
+        assert index[b].tolist() == [0] * (width - len(last)) + last
+        assert valid[b].tolist() == [False] * (width - len(last)) + [True] * len(last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3)])
+def test_merging_sums_what_a_loop_over_pairs_does(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(len(shape))
+    x = torch.randn(2, 7, *shape, generator=g).to(dtype)
+    slot, token = (torch.randint(n, (2, 12), generator=g) for n in (3, 7))
+    weight = torch.randn(2, 12, generator=g) * (torch.rand(2, 12, generator=g) < 0.7)
+    x[:, 2] = float("nan")  # named by padding alone, so it must not leak
+    weight = weight.masked_fill(token == 2, 0)
+    want = torch.zeros(2, 4, *shape)
+    for i in range(2):
+        for s, t, w in zip(slot[i], token[i], weight[i], strict=True):
+            if w != 0:
+                want[i, s] += w * x[i, t].float()
+    got = ops.group_merge(x, slot, token, weight, 4)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want.to(dtype))
+    assert (got[:, 3] == 0).all()
+
+
+def test_merging_is_what_a_selection_applies() -> None:
+    x = torch.randn(1, 6, 5)
+    triple = (torch.tensor([[0, 0, 1, 2]]), torch.tensor([[1, 4, 2, 3]]), torch.rand(1, 4) + 0.1)
+    slots = torch.arange(3)[None]
+    chosen = Selection(
+        slots, slots >= 0, (6,), torch.zeros(1, 2).long(), ((1, 2, 3),), merge=triple
+    )
+    assert torch.equal(chosen.apply(x), ops.group_merge(x, *triple, 3))
