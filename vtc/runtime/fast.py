@@ -60,15 +60,20 @@ class Fast:
         self.encoder = FastEncoder(session, self.graphs, fast == "compile")
         self.llm = FastLanguageModel(session.adapter, self.graphs, fast == "compile")
         self.told: dict[str, str] = {}
+        self._closed = 0
         self._blocked: str | None = None
         self._llm_blocked: str | None = None
         self._watched: dict[str, Watch] | None = None
-        self._attached: dict[str, str | None] = {}
 
     @property
     def held_bytes(self) -> int:
-        """Memory of what is captured and of its caches."""
-        return self.graphs.bytes + self.llm.held_bytes
+        """Memory of what is captured and of its caches; once closed, what it was."""
+        return self._closed or self.graphs.bytes + self.llm.held_bytes
+
+    def close(self) -> None:
+        """Drop all that is captured, for good."""
+        self._closed = self.held_bytes
+        self.clear()
 
     @property
     def prefills(self) -> bool:
@@ -83,8 +88,8 @@ class Fast:
     def begin(self) -> None:
         """A call begins: whether anything can be captured, and whether what is still holds."""
         reason = self._why_not()
-        self._blocked = reason or self._attached["tower"]
-        self._llm_blocked = reason or self._why_not_llm() or self._attached["llm"]
+        self._blocked = reason or self._attached("tower")
+        self._llm_blocked = reason or self._why_not_llm() or self._attached("llm")
         self.told = {"encoder": self._blocked or "not run"}
         self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
 
@@ -156,7 +161,7 @@ class Fast:
                 rows = batch_size * (generation_config.num_return_sequences or 1)
                 model_kwargs["past_key_values"] = self.llm.cache(rows, embeds.shape[1] + more)
             else:
-                self.told |= dict.fromkeys(("prefill", "decode"), reason or "no embeddings")
+                self.llm.refused = reason or "it runs on ids"
             return out
 
         model._prepare_cache_for_generation = prepare
@@ -211,8 +216,10 @@ class Fast:
                 "llm": Watch(adapter.language_model, adapter.language_model.layers),
                 "tower": Watch(adapter.tower, self.session.tower.encoder.blocks),
             }
-            self._attached = {part: watch.refusal() for part, watch in self._watched.items()}
         return None
+
+    def _attached(self, part: str) -> str | None:
+        return None if self._watched is None else self._watched[part].refusal()
 
     def _why_not_llm(self) -> str | None:
         session = self.session

@@ -35,6 +35,7 @@ _KNOWN = (
     "past_key_values",
     "use_cache",
     "return_dict",
+    "logits_to_keep",  # of the head, which comes behind
 )
 
 
@@ -90,12 +91,14 @@ class FastLanguageModel:
 
     Attributes:
         told: what was done with the prefill and decode steps of the call under way.
+        refused: why the call under way is left to the stock model, if it is.
     """
 
     def __init__(self, adapter: Adapter, graphs: Graphs, compiles: bool = False) -> None:
         self.model: Any = adapter.language_model
         self.graphs, self.compiles = graphs, compiles
         self.told: dict[str, str] = {}
+        self.refused: str | None = None
         self._caches: OrderedDict[tuple[int, int], CountedCache] = OrderedDict()
         self._ahead: tuple[CountedCache, _Inputs, Tensor] | None = None
 
@@ -165,7 +168,7 @@ class FastLanguageModel:
                 return stock(*args, **kwargs)
             return self._forward(stock, kwargs)
 
-        self.told = {}
+        self.told, self.refused = {}, None
         had = "forward" in vars(self.model)
         self.model.forward = forward
         try:
@@ -182,8 +185,11 @@ class FastLanguageModel:
         embeds = kwargs.get("inputs_embeds")
         if not isinstance(embeds, Tensor) or kwargs.get("input_ids") is not None:
             return stock(**kwargs)
+        if self.refused is not None:
+            self.told = dict.fromkeys(("prefill", "decode"), self.refused)
+            return stock(**kwargs)
         behind = given.filled if isinstance(given, CountedCache) else 0
-        step = "decode" if behind else "prefill"
+        step = "decode" if behind or (given is not None and embeds.shape[1] == 1) else "prefill"
         reason = self._odd(kwargs, embeds, given)
         if reason is None:
             wanted = kwargs.get("use_cache")

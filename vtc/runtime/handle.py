@@ -103,6 +103,8 @@ class Handle:
         if self._removed and not self._calls:
             self._session.layers.detach()
             self._session.rows.detach()
+            if self._session.fast is not None:
+                self._session.fast.close()
 
     def _refusal(self, name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(self._model, name))

@@ -29,21 +29,27 @@ class Watch:
         self._children = [m._modules for m in sample if m._modules]
         self._weights = [m._parameters for m in sample if m._parameters]
         self._seen = self._now()
+        self._attached: tuple[int, str | None] = (-1, None)
 
     def _now(self) -> tuple[Any, ...]:
         return (
-            sum(map(len, self._hooks)),
             [id(child) for children in self._children for child in children.values()],
             [w.data_ptr() for ws in self._weights for w in ws.values() if w is not None],
         )
 
     @property
     def changed(self) -> bool:
-        """Whether it is no longer what it was."""
+        """Whether its weights or modules are no longer those that were captured."""
         return self._now() != self._seen
 
     def refusal(self) -> str | None:
         """What is attached to modules that no replay would call."""
+        hooks = sum(map(len, self._hooks))
+        if hooks != self._attached[0]:
+            self._attached = hooks, self._look()
+        return self._attached[1]
+
+    def _look(self) -> str | None:
         for module in self._modules:
             if hasattr(module, "_hf_hook"):
                 return "weights are moved by hooks of accelerate while the model runs"
