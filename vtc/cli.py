@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vtc", description="Compress the visual tokens of multimodal LLMs.")
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for add in (_demo, _sweep, _calibrate, _methods, _tasks, _doctor):
+    for add in (_demo, _sweep, _calibrate, _bench, _methods, _tasks, _doctor):
         add(commands)
     return parser
 
@@ -157,6 +157,22 @@ def _calibrate(commands: Any) -> None:
     p.add_argument("--device", help="cpu, cuda, ... (default: CUDA where there is one)")
     dtype = "default: the checkpoint's on a GPU, float32 on a CPU"
     p.add_argument("--dtype", default="auto", help=dtype)
+
+
+def _bench(commands: Any) -> None:
+    from vtc.bench.families import SHAPES
+
+    p = _command(commands, "bench", "time kernels and the first token on this machine's GPU")
+    what = ("kernels", "ttft")
+    p.add_argument("--what", nargs="+", choices=what, default=what, help="(default: both)")
+    p.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=("llava-1.5-7b",))
+    names = "at 11 %% of the tokens (default: vtc_cls todre flowcut)"
+    p.add_argument("--methods", nargs="+", metavar="METHOD", help=names)
+    p.add_argument("--runs", type=_whole(1), default=20, help="of each call (default: %(default)s)")
+    p.add_argument("--compile", action="store_true", help="torch.compile beside the kernels too")
+    p.add_argument("--tiny", action="store_true", help="toy shapes, which run on a CPU as well")
+    p.add_argument("--out", type=Path, help="JSONL file to put the rows into")
+    p.add_argument("--device", default="auto")
 
 
 def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
