@@ -27,11 +27,13 @@ sys.path.append(str(Path(__file__).parent))
 
 from prefill import equal_accuracy, figure, parity
 from prefill.providers import Provider, providers
-from prefill.sizes import SIZES, Size, build, fewer, tiny
-from prefill.stamp import commit, stamp
-from prefill.stopwatch import Stopwatch, quantiles
+from prefill.sizes import SIZES, Size, fewer, tiny
+from prefill.stopwatch import Stopwatch
 from prefill.work import arithmetic, counting
 
+from vtc.bench.shapes import build
+from vtc.bench.stamp import commit, stamp
+from vtc.bench.timing import quantiles
 from vtc.plans import LayerPlan
 
 Row = dict[str, Any]
@@ -89,8 +91,8 @@ def observed(
         prefill(model, inputs)
     report = handle.report() if handle else None
     mean = report.layer_mean_tokens if report else float(size.visual)
-    lengths = report.kv_lengths if report else (size.entries,) * depth
-    parts = len(inputs["input_ids"]), size.entries - size.visual, lengths, plan.rules
+    lengths = report.kv_lengths if report else (size.entries(),) * depth
+    parts = len(inputs["input_ids"]), size.entries() - size.visual, lengths, plan.rules
     return {
         "layers_skipped": len(skipped),
         "skipped": skipped,
@@ -176,7 +178,13 @@ def described(size: Size, batch: int, provider: Provider) -> Row:
         "visual_tokens": size.visual,
         "newline_tokens": size.newlines,
         "text_tokens": sum(size.text),
-        "config": {**asdict(size), "dtype": "bfloat16", "attention": "sdpa", "weights": "random"},
+        "config": {
+            **asdict(size),
+            "layers": size.decoder.layers,
+            "dtype": "bfloat16",
+            "attention": "sdpa",
+            "weights": "random",
+        },
     }
 
 

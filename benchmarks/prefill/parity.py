@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from prefill.providers import Provider, gated
-from prefill.sizes import Size, build
+from prefill.sizes import Size
 from vtc.adapters.registry import adapter_of
+from vtc.bench.shapes import build
 
 LAYERS = 4
 PROMPTS = 2
@@ -54,7 +55,7 @@ def check(size: Size, device: str) -> dict[str, dict[str, float]]:
     Raises:
         ParityError: one is above its limit.
     """
-    low = build(size, device, torch.bfloat16, min(LAYERS, size.layers))
+    low = build(size, device, torch.bfloat16, min(LAYERS, size.decoder.layers))
     models = {torch.bfloat16: low, torch.float32: copy.deepcopy(low).float()}
     found = {one.name: parity(size, models, one) for one in gated(low)}
     red = [f"{name}: {result}" for name, result in found.items() if not result.green]
@@ -135,7 +136,7 @@ def _restated(size: Size, model: Any, provider: Provider, layers: list[int], bat
     """The model with these layers written out."""
     kit = _kit()
     columns, _ = size.places()
-    visual = torch.zeros(batch, size.entries, dtype=torch.bool)
+    visual = torch.zeros(batch, size.entries(), dtype=torch.bool)
     visual[:, columns] = True
     behind = torch.zeros_like(visual)
     behind[:, -size.text[1] :] = True
@@ -150,7 +151,7 @@ def _columns(size: Size, kept: Tensor) -> Tensor:
     """`bool[B, S]` of `bool[B, N]`: a newline token stays where a token of its row does."""
     columns, ends = size.places()
     kept = kept.cpu()[:, : size.visual]
-    out = torch.ones(len(kept), size.entries, dtype=torch.bool)
+    out = torch.ones(len(kept), size.entries(), dtype=torch.bool)
     out[:, columns] = kept
     for column, first, end in ends:
         out[:, column] = kept[:, first:end].any(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,9 +9,7 @@ from typing import Any, Literal
 import vtc
 from prefill.sizes import Size
 from vtc.adapters.registry import adapter_of
-from vtc.calibration import Calibration
-from vtc.calibration.published import published
-from vtc.runtime.tower import facts_of
+from vtc.bench.providers import calibration
 
 # choosing more tokens one after the other takes longer than the rest of the prefill
 LATE_KEEPS = (0.22, 0.11)
@@ -56,22 +53,13 @@ class Provider:
         return {k: v for k, v in self.options.items() if k != "calibration"}
 
 
-def layer_order(model: Any) -> Calibration:
-    """All decoder layers in the published order of this model, those it does not name behind it,
-    the lowest first."""
-    facts = facts_of(adapter_of(model))
-    values = published(facts).get("layer_contribution") or (math.inf,) * facts.llm_depth
-    order = sorted(range(facts.llm_depth), key=lambda layer: (values[layer], layer))
-    return Calibration(layer_contribution=tuple(float(order.index(i)) for i in range(len(order))))
-
-
 def skipping(
     name: str, model: Any, layers: int, skips: Skips = "attention+ffn", **options: Any
 ) -> Provider:
     """A method over layers that leaves `layers` of the model's."""
     depth = len(adapter_of(model).language_model.layers)  # type: ignore[arg-type]
     if name != "ima_skip":
-        options["calibration"] = layer_order(model)
+        options["calibration"] = calibration(model)
     return Provider(name, name, (depth - layers) / depth, options, skips, layers)
 
 

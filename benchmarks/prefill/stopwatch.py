@@ -67,9 +67,3 @@ class Stopwatch:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-
-
-def quantiles(times: list[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile."""
-    low, median, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return median, low, high

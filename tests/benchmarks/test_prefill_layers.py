@@ -118,14 +118,16 @@ def test_a_nan_is_red(script: Any) -> None:
 @pytest.mark.slow
 def test_the_large_models_are_those_of_the_published_orders(script: Any) -> None:
     from prefill.providers import providers
-    from prefill.sizes import SIZES, build
+    from prefill.sizes import SIZES
+
+    from vtc.bench.shapes import build
 
     first = {"llava-1.5-7b": [31, 29, 30, 28, 0, 26], "llava-next-7b": [31, 29, 30, 28, 26, 27]}
     last = {"llava-1.5-7b": [12, 19, 1, 4, 5], "llava-next-7b": [0, 2, 1, 3, 4]}
     counts = {"llava-1.5-7b": (576, 640), "llava-next-7b": (2880, 64 + 2880 + 48)}
     for name, size in SIZES.items():
         model = build(size, "meta", torch.bfloat16)
-        assert (size.visual, size.entries) == counts[name]
+        assert (size.visual, size.entries()) == counts[name]
         assert sum(p.numel() for p in model.model.language_model.parameters()) > 6.5e9
         (skipping, *_) = [p for p in providers(model, size, False) if p.layers == 24]
         places = skipping.options["calibration"].layer_contribution
