@@ -97,6 +97,16 @@ def test_equals_the_plain_path_everywhere(model: Any, family: str, method: str) 
         agree(model, build_inputs(family, rows), name, keep, **options)
 
 
+@pytest.mark.parametrize("depth", [4, 6])
+def test_layers_before_the_first_cut_are_captured(depth: int) -> None:
+    model, inputs = build_model("llava", layers=depth), llava()[1]
+    report = agree(model, inputs, "todre", 0.3)
+    last = max(1, min(round(7 * depth / 8), depth - 1)) - 2
+    assert report.fast["prefill"].startswith(f"eager up to layer {last}; then the method decides")
+    assert "decides between decoder layers" in report.fast["decode"]
+    assert report.fast["encoder"] == "eager"
+
+
 def llava() -> tuple[Any, dict[str, Any]]:
     return build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
 

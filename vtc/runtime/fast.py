@@ -13,7 +13,7 @@ from vtc.checks import deferred
 from vtc.errors import OptionError
 from vtc.runtime.cache import remember, remembered
 from vtc.runtime.graphs import Backend, CaptureError, Graphs
-from vtc.runtime.watch import Watch
+from vtc.runtime.watch import Watch, hooked
 from vtc.types import Selection
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Fast:
     def __init__(self, session: Session, fast: bool | str) -> None:
         from vtc.runtime.fast_encoder import FastEncoder
         from vtc.runtime.fast_llm import FastLanguageModel
+        from vtc.runtime.fast_prefix import FastPrefix
 
         self.session = session
         backend: Backend = "eager" if fast == "eager" else "cuda"
@@ -59,7 +60,9 @@ class Fast:
         self.graphs.warm_runs = 3 if fast == "compile" else 1
         self.encoder = FastEncoder(session, self.graphs, fast == "compile")
         self.llm = FastLanguageModel(session.adapter, self.graphs, fast == "compile")
+        self.prefix = FastPrefix(session.adapter, self.graphs)
         self.told: dict[str, str] = {}
+        self._first = 0  # layers that are captured where the whole is not
         self._closed = 0
         self._blocked: str | None = None
         self._llm_blocked: str | None = None
@@ -78,7 +81,7 @@ class Fast:
     @property
     def prefills(self) -> bool:
         """Whether the prefill of the call under way may be captured."""
-        return self._llm_blocked is None
+        return self._llm_blocked is None or self._first > 0
 
     def clear(self) -> None:
         """Drop all that is captured."""
@@ -89,6 +92,7 @@ class Fast:
         """A call begins: whether anything can be captured, and whether what is still holds."""
         reason = self._why_not()
         self._blocked = reason or self._attached("tower")
+        self._first = 0 if reason else self._before_cuts()
         self._llm_blocked = reason or self._why_not_llm() or self._attached("llm")
         self.told = {"encoder": self._blocked or "not run"}
         self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
@@ -136,7 +140,8 @@ class Fast:
                 cannot, or their first run is not worth to be started before.
         """
         if self._llm_blocked is not None:
-            yield
+            with self.forwarding():
+                yield
             return
         if more is not None:
             with deferred(self.session.checks):
@@ -179,11 +184,20 @@ class Fast:
         finally:
             self.told |= self.llm.told
 
-    def forwarding(self) -> Any:
+    @contextmanager
+    def forwarding(self) -> Iterator[None]:
         """Within it, the language model's runs are captured where they can be."""
-        from contextlib import nullcontext
-
-        return nullcontext() if self._llm_blocked is not None else self._serving()
+        if self._llm_blocked is None:
+            with self._serving():
+                yield
+        elif self._first:
+            with self.prefix.serving(self._first):
+                yield
+            if (said := self.prefix.told) == self.graphs.backend:
+                said = f"{said} up to layer {self._first - 1}; then {self._llm_blocked}"
+            self.told["prefill"] = said or self._llm_blocked
+        else:
+            yield
 
     def handed_out(self, out: Any) -> Any:
         """What generate returned, with a cache that its caller may keep."""
@@ -218,13 +232,25 @@ class Fast:
             }
         return None
 
+    def _before_cuts(self) -> int:
+        """How many decoder layers run before the method first decides between them, where they are
+        worth to be captured by themselves."""
+        layers, adapter = self.session.layers, self.session.adapter
+        if not layers.cuts or self.session.rows.acts or adapter.deepstack_layers:
+            return 0
+        if self.llm.refusal() or layers.first_seen < 2:
+            return 0
+        model: Any = adapter.language_model
+        modules = (m for layer in model.layers[: layers.first_seen] for m in layer.modules())
+        return 0 if any(map(hooked, modules)) else layers.first_seen
+
     def _attached(self, part: str) -> str | None:
         return None if self._watched is None else self._watched[part].refusal()
 
     def _why_not_llm(self) -> str | None:
         session = self.session
         if session.layers.cuts:
-            return "the method cuts between decoder layers, how much depends on the prompt"
+            return "the method decides between decoder layers by what they see"
         if session.rows.acts:
             return "the method has visual rows skip work in decoder layers"
         if session.adapter.deepstack_layers:

@@ -112,6 +112,13 @@ class LayerSeam:
         if self._run is not None:
             self._run.asking[layer] = (index, valid)
 
+    @property
+    def first_seen(self) -> int:
+        """The first decoder layer that is looked at or changed; 0 without cuts."""
+        if not self._cuts or self._method.drops_earlier_kv:
+            return 0
+        return self._cuts[0]
+
     def attach(self) -> None:
         """Register the hooks, behind those that are there and before their results."""
         self._wanted = True

@@ -55,7 +55,12 @@ class Watch:
                 return "weights are moved by hooks of accelerate while the model runs"
             if type(module).__module__.startswith("peft."):
                 return "adapters of PEFT are attached; merge them"
-            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(getattr(hook, "__name__", "") != _OF_TRANSFORMERS for hook in hooks):
+            if hooked(module):
                 return f"a hook is attached to a {type(module).__name__}, which no replay calls"
         return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody has attached something that is called when the module runs."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__name__", "") != _OF_TRANSFORMERS for hook in hooks)
