@@ -204,7 +204,7 @@ def test_report_counts_and_times(used: Any) -> None:
     assert 0 < report.selector_ms < report.ttft_ms
     assert report.tpot_ms > 0
     assert report.positions == "renumber"
-    assert report.to_dict()["kernels"] == "torch"
+    assert set(report.to_dict()["kernels"].values()) == {"torch"}
     assert "kept fraction" in str(report)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +19,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._moments: dict[str, torch.cuda.Event | float] = {}
+        self._spans: list[tuple[str, str]] = []
 
     def mark(self, name: str) -> None:
         """Remember now as `name`."""
@@ -26,6 +29,22 @@ class Clock:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
         self._moments[name] = event
+
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        """Within it is time that `spanned` adds up."""
+        names = f"span {len(self._spans)}", f"end of span {len(self._spans)}"
+        self.mark(names[0])
+        try:
+            yield
+        finally:
+            self.mark(names[1])
+            self._spans.append(names)
+
+    @property
+    def spanned(self) -> float:
+        """Milliseconds in spans."""
+        return sum(self.ms(*names) or 0.0 for names in self._spans)
 
     def ms(self, start: str, end: str) -> float | None:
         """Milliseconds from one moment to another; None if either was never reached."""

@@ -8,7 +8,7 @@ is dropped before the LLM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vtc.adapters.base import Adapter, Encoder
 from vtc.errors import UnsupportedModeError, VtcError
 from vtc.methods.base import Method
+from vtc.runtime.clock import Clock
 from vtc.runtime.layouts import PackedLayout, RowLayout
 from vtc.runtime.probe import probed
 from vtc.runtime.rows import Run
@@ -40,6 +41,7 @@ class EncoderCuts:
             a [CLS] is not counted.
         survivors: for each image, `bool[N]` over its LLM tokens.
         patches: for each image, `bool[t, h, w]` over its original patches, all rows.
+        clock: told how long decisions take, with the layout that they leave; or None.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class EncoderCuts:
         self.lengths: list[int] = []
         self.survivors: dict[int, Tensor] = {}
         self.patches: dict[int, Tensor] = {}
+        self.clock: Clock | None = None
         self._runs: list[Run] = []
         self._budget = Budget(None)
         self._drawing: tuple[Tensor | None, int] = None, 0
@@ -133,7 +136,8 @@ class EncoderCuts:
             self._layout.follow(hidden.device)
             self._done(block - 1, self._layout)
             if block - 1 in self.blocks:
-                hidden = self._decided(self._layout, block - 1, hidden)
+                with self.clock.span() if self.clock is not None else nullcontext():
+                    hidden = self._decided(self._layout, block - 1, hidden)
         self._seen.clear()
         if (layout := self._layout) is None:
             return args, kwargs

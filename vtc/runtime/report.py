@@ -45,7 +45,8 @@ class Report:
         ffn_skipped: decoder layers in which they skip the feed-forward network.
         kv_lengths: entries of each decoder layer's cache after the prefill.
         encoder_ms: vision tower, projector and probes.
-        selector_ms: scores, choice and compaction.
+        selector_ms: scores, choice and compaction, those of cuts inside the encoder too. Of cuts
+            between decoder layers, only what comes before the LLM.
         ttft_ms: from the call to the first token's logits; of a direct forward, to its last hidden
             states.
         tpot_ms: per later token.
@@ -133,6 +134,7 @@ def report_of(session: Session, call: Call, positions: str) -> Report:
     means = [sum(tokens) / len(layers) for tokens in zip(*active, strict=True)]
     actives = tuple(mean / n for mean, n in zip(means, visual, strict=True))
     clock = call.clock
+    encoder, selector = clock.ms("start", "encoded"), clock.ms("encoded", "selected")
     decode, later = clock.ms("first", "end"), (call.new_tokens or 0) - 1
     return Report(
         method=session.method.name,
@@ -146,8 +148,8 @@ def report_of(session: Session, call: Call, positions: str) -> Report:
         active_fractions=actives,
         kept_fraction=sum(fractions) / len(fractions),
         kept_fractions=fractions,
-        encoder_ms=clock.ms("start", "encoded"),
-        selector_ms=clock.ms("encoded", "selected"),
+        encoder_ms=None if encoder is None else encoder - clock.spanned,
+        selector_ms=None if selector is None else selector + clock.spanned,
         ttft_ms=clock.ms("start", "first"),
         tpot_ms=decode / later if decode is not None and later > 0 else None,
         new_tokens=call.new_tokens,

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.adapters.base import Adapter
 from vtc.errors import SignalError
 from vtc.methods.base import Method, Step
+from vtc.runtime.clock import Clock
 from vtc.runtime.cuts import EncoderCuts
 from vtc.runtime.images import Images
 from vtc.runtime.probe import probed
@@ -78,6 +79,8 @@ class Tower:
             cutter = next((s.method for s in steps if s.method.site == "encoder"), method)
             behind = self.signals.finish_block
             self.cuts = EncoderCuts(adapter, self.encoder, cutter, blocks, behind)
+        # of the call under way, told how long cuts take
+        self.clock: Clock | None = None
         self._runs: list[Run] = []
         self._keys: tuple[Images, Tensor] | None = None
 
@@ -97,6 +100,7 @@ class Tower:
         with ExitStack() as stack:
             if self.cuts is not None:
                 self.cuts.clear()
+                self.cuts.clock = self.clock
                 for step in self.cutting(images, budget):
                     draws = any(s.name == "image_key" for s in step.method.needs)
                     keys = self.keys(images, inputs) if draws else None
