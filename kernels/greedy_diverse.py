@@ -83,7 +83,7 @@ def greedy_diverse(
 
 def _pitch(n: int) -> int:
     # rows start at 64 bytes, so that they are read as vectors
-    return triton.cdiv(n, 16) * 16
+    return (n + 15) // 16 * 16
 
 
 def _fill(gram: Tensor, features: Tensor, valid: Tensor) -> None:
