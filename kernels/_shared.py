@@ -10,6 +10,8 @@ from torch import Tensor
 from vtc.dispatch import interpreted
 
 LOG2E = 1.4426950408889634  # exp(x) = exp2(x·log2 e): the hardware has exp2
+# how they are aligned is told by `UNIT`: one compiled kernel for all shapes
+STRIDES = ("q_b", "q_h", "q_n", "k_b", "k_h", "k_n")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WIDEST = 256
 

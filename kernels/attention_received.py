@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vtc.kernels._shared import (
     LOG2E,
+    STRIDES,
     accumulate,
     finite,
     load_rows,
@@ -39,7 +40,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-@triton.jit(do_not_specialize=["heads", "n", "blocks"])
+@triton.jit(do_not_specialize=["heads", "n", "blocks", *STRIDES])
 def attention_received_kernel(
     q: tl.tensor,
     k: tl.tensor,
@@ -96,7 +97,7 @@ def attention_received_kernel(
     tl.store(out + padded, tl.where(inside, 1.0 / total, 0.0), at < padded)
 
 
-@triton.jit(do_not_specialize=["heads", "n", "blocks"])
+@triton.jit(do_not_specialize=["heads", "n", "blocks", *STRIDES])
 def attention_received_keys_kernel(
     q: tl.tensor,
     k: tl.tensor,

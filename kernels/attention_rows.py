@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vtc.kernels._shared import (
     LOG2E,
+    STRIDES,
     accumulate,
     finite,
     load_rows,
@@ -44,7 +45,7 @@ class Tiles(NamedTuple):
     columns: int  # keys per program of the second kernel
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "n", "span"])
+@triton.jit(do_not_specialize=["heads", "rows", "n", "span", *STRIDES])
 def attention_rows_kernel(
     q: tl.tensor,
     k: tl.tensor,
