@@ -24,6 +24,16 @@ class Deferred:
         """Remember `bad`, a truth value on its device."""
         self._found.append((bad, message))
 
+    @property
+    def flags(self) -> list[Tensor]:
+        """The truth values."""
+        return [bad for bad, _ in self._found]
+
+    @property
+    def messages(self) -> list[str]:
+        """What each would say."""
+        return [message for _, message in self._found]
+
     def settle(self) -> None:
         """Read all of them; raises the first `VtcError`."""
         found, self._found = self._found, []

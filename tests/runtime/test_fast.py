@@ -122,10 +122,10 @@ def test_prompts_of_a_bucket_share_what_is_captured() -> None:
             generated(model, inputs)
             seen.append((graphs.captures, handle.report().fast))
         llm = [key for key in graphs._held if key[0] == "language model"]  # type: ignore[index]
-    # one prefill and one decode step serve all of them; the encoder is captured by size
+    # one prefill and one decode step serve all of them; encoder and decision depend on the size
     assert len(llm) == 2
-    assert seen[len(sizes) - 1][0] == seen[-1][0] <= 2 + len(sizes)
-    assert all(said == dict.fromkeys(("encoder", "prefill", "decode"), "eager") for _, said in seen)
+    assert seen[len(sizes) - 1][0] == seen[-1][0] <= 2 + 2 * len(sizes)
+    assert all(said == dict.fromkeys(("encoder", "selection", "prefill", "decode"), "eager") for _, said in seen)
 
 
 def test_what_is_held_is_bounded() -> None:
@@ -156,7 +156,8 @@ def test_a_longer_text_is_another_bucket_and_still_right() -> None:
             assert torch.equal(generated(model, given).sequences, expected)
             lengths.append(handle.report().kv_lengths[0])
     texts = [3, 19, 20, 60]
-    assert lengths == [bucket(n + 4 + 6) for n in texts]
+    # the text is brought to a bucket, then the short prompt
+    assert lengths == [bucket(-(-(n + 4) // 32) * 32 + 6) for n in texts]
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 255, 256, 257, 1024, 1025, 3000])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -67,6 +67,14 @@ class Compaction:
             start = ids[..., rows, self.first][..., 0].amax(0)
             short = repacked(ids[..., rows, self.origin], self.group, mask, start)
         return short.masked_fill(mask == 0, 0)
+
+    def without(self, padding: int) -> Compaction:
+        """The same, told in rows without so many columns at their left, none of which is used."""
+        named = {
+            name: (getattr(self, name) - padding).clamp_min(0)
+            for name in ("index", "columns", "origin", "first")
+        }
+        return replace(self, **named, length=self.length - padding)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """`[B, L, D]` -> `[B, S, D]`: every column takes the last entry at or before it.

@@ -17,9 +17,11 @@ from vtc.runtime.watch import Watch, hooked
 from vtc.types import Selection
 
 if TYPE_CHECKING:
+    from vtc.runtime.clock import Clock
     from vtc.runtime.fast_encoder import Encoded
     from vtc.runtime.images import Images
     from vtc.runtime.session import Session
+    from vtc.runtime.short import Short
 
 
 def checked(fast: Any) -> bool | str:
@@ -44,20 +46,22 @@ class Fast:
         fast: True, `"compile"` or `"eager"`, as in `vtc.patch`.
 
     Attributes:
-        told: by part ("encoder", "prefill", "decode"), how the last call ran it: the backend, or
-            why it was left to the stock model.
+        told: by part ("encoder", "selection", "prefill", "decode"), how the last call ran it: the
+            backend, or why it was left to the stock model.
     """
 
     def __init__(self, session: Session, fast: bool | str) -> None:
         from vtc.runtime.fast_encoder import FastEncoder
         from vtc.runtime.fast_llm import FastLanguageModel
         from vtc.runtime.fast_prefix import FastPrefix
+        from vtc.runtime.fast_selection import FastSelection
 
         self.session = session
         backend: Backend = "eager" if fast == "eager" else "cuda"
         self.graphs = Graphs(session.adapter.model.device, backend)
         # the first run of what is compiled makes memory, the second one compiles
         self.graphs.warm_runs = 3 if fast == "compile" else 1
+        self.selection = FastSelection(session, self.graphs)
         self.encoder = FastEncoder(session, self.graphs, fast == "compile")
         self.llm = FastLanguageModel(session.adapter, self.graphs, fast == "compile")
         self.prefix = FastPrefix(session.adapter, self.graphs)
@@ -86,6 +90,7 @@ class Fast:
     def clear(self) -> None:
         """Drop all that is captured."""
         self.graphs.clear()
+        self.selection.clear()
         self.llm.clear()
 
     def begin(self) -> None:
@@ -94,7 +99,7 @@ class Fast:
         self._blocked = reason or self._attached("tower")
         self._first = 0 if reason else self._before_cuts()
         self._llm_blocked = reason or self._why_not_llm() or self._attached("llm")
-        self.told = {"encoder": self._blocked or "not run"}
+        self.told = dict.fromkeys(("encoder", "selection"), self._blocked or "not run")
         self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
 
     def encode(self, images: Images, inputs: Mapping[str, Any]) -> Encoded | None:
@@ -109,6 +114,37 @@ class Fast:
                 reason = str(error)
         self.told["encoder"] = reason
         return None
+
+    def compress(
+        self,
+        images: Images,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        positions: Tensor,
+        clock: Clock,
+    ) -> tuple[Encoded, tuple[list[Selection], Short] | None] | None:
+        """The encoder's tokens and what is made of them: decisions and the short prompt, or None
+        where they are not captured. None alone where the stock model has to encode."""
+        ids = inputs["input_ids"]
+        why = self.selection.refusal() if self.prefills else self._llm_blocked
+        staged = None
+        # copies wait for the device: before it has work
+        if self._blocked is None and why is None:
+            key = self.encoder.key(images, inputs)
+            staged = self.selection.stage(images, ids, mask, positions, key)
+        if staged is None or not self.graphs.holds(staged.key):
+            images.to(ids.device)
+        encoded = self.encode(images, inputs)
+        if encoded is None or staged is None:
+            self.told["selection"] = why or self.told["encoder"]
+            return None if encoded is None else (encoded, None)
+        clock.mark("encoded")
+        try:
+            done = self.selection(images, staged, encoded)
+            self.told["selection"] = self.graphs.backend
+        except CaptureError as error:
+            done, self.told["selection"] = None, str(error)
+        return encoded, done
 
     def width(self, images: Images, selection: Selection, shape: torch.Size) -> int | None:
         """The length that short rows are padded to; None: of their longest.

@@ -65,27 +65,34 @@ class FastEncoder:
             return "videos are encoded by the stock model"
         if any(adapter.blends(inputs, i, v) for i, v in enumerate(images.visuals)):
             return "one token is made of several patches by sizes of the canvas"
-        if any(inputs.get(name) is not None for name in adapter.feature_options):
-            return "the call chooses its features"
         return None
 
-    def __call__(self, images: Images, inputs: Mapping[str, Any]) -> Encoded:
-        """Encode, or raise `CaptureError`."""
-        adapter = self.session.adapter
-        (name,) = (n for n in adapter.pixel_inputs if inputs.get(n) is not None)
-        host = {
-            key: value.cpu() if isinstance(value, Tensor) else value
-            for key, value in inputs.items()
-            if key in adapter.visual_inputs and key != name
-        }
+    def key(self, images: Images, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What decides about a capture."""
+        name, host = self._parts(inputs)
         pixels = inputs[name]
         sizes = tuple(
             (key, tuple(value.flatten().tolist()) if isinstance(value, Tensor) else str(value))
             for key, value in sorted(host.items())
-            if key != "mm_token_type_ids"
         )
         kind = implementation(self.session.tower.encoder.attentions[0])
-        key = ("encoder", tuple(pixels.shape), pixels.dtype, sizes, images.lengths, kind)
+        return ("encoder", tuple(pixels.shape), pixels.dtype, sizes, images.lengths, kind)
+
+    def _parts(self, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The name of the pixels, and what says their sizes, on the CPU."""
+        adapter = self.session.adapter
+        (name,) = (n for n in adapter.pixel_inputs if inputs.get(n) is not None)
+        return name, {
+            key: value.cpu() if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+            if key in adapter.visual_inputs and key not in (name, "mm_token_type_ids")
+        }
+
+    def __call__(self, images: Images, inputs: Mapping[str, Any]) -> Encoded:
+        """Encode, or raise `CaptureError`."""
+        adapter, key = self.session.adapter, self.key(images, inputs)
+        name, host = self._parts(inputs)
+        kind = implementation(self.session.tower.encoder.attentions[0])
 
         def encode(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             given = {**host, name: pixels}
@@ -101,6 +108,6 @@ class FastEncoder:
 
         ran = self._ran.setdefault(key, {})
         with torch.no_grad():
-            encoded = Encoded(*self.graphs.run(key, encode, [pixels]))
+            encoded = Encoded(*self.graphs.run(key, encode, [inputs[name]]))
         self.session.ran.update(ran)
         return encoded

@@ -165,11 +165,8 @@ class ForwardSeam:
             self._recording.enter_context(session.fast.forwarding())
         if session.method.site == "pixels":
             return self._before_encoder(pending, given)
-        if self._expected is None and given.get("inputs_embeds") is None:
-            full = session.encode(images, inputs, clock)
-            if full is not None:
-                pending.encoded = True
-                return self._fed(given, full["inputs_embeds"])
+        if self._expected is None and (fed := self._captured(pending, given)) is not None:
+            return fed
         if self._expected is None:
             self._recording.enter_context(self.session.recording(images, inputs))
         return None
@@ -215,6 +212,32 @@ class ForwardSeam:
         embeds = given.get("inputs_embeds")
         return self._fed(given, session.embedded(given["input_ids"]) if embeds is None else embeds)
 
+    def _captured(
+        self, pending: _Pending, given: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What a captured encoder makes of a call; None where the stock model has to encode."""
+        session, ids, mask = self.session, given.get("input_ids"), given.get("attention_mask")
+        if session.fast is None or ids is None or given.get("inputs_embeds") is not None:
+            return None
+        if mask is None:
+            mask = torch.ones_like(ids)
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+            return None  # refused once the language model is reached
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = session.adapter.position_ids(given)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        encoded = session.encode(pending.images, pending.inputs, mask, positions, pending.clock)
+        if encoded is None:
+            return None
+        pending.encoded = True
+        if encoded.short is None:
+            return self._fed({**given, "position_ids": positions}, encoded.kwargs["inputs_embeds"])
+        pending.selection, pending.short = encoded.selection, encoded.short
+        fed = self._fed({**given, "position_ids": positions}, encoded.short.inputs_embeds)[1]
+        return (), fed | _inputs(encoded.short)
+
     def _fed(
         self, given: Mapping[str, Any], embeds: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -249,6 +272,12 @@ class ForwardSeam:
             pending.reached = True
             if pending.whole:
                 self.session.note(pending.images, pending.selection, pending.clock)
+                return None
+            if pending.short is not None:
+                self.session.note(pending.images, pending.selection, pending.clock)
+                self.session.expect_layers(pending.images, pending.short)
+                self.session.hide_gaps()
+                pending.clock.mark("selected")
                 return None
             short = self._compressed(pending, kwargs)
             return None if short is None else (args, {**kwargs, **short})
@@ -287,13 +316,7 @@ class ForwardSeam:
         self.session.hide_gaps()
         pending.short = short
         pending.clock.mark("selected")
-        # the mask stays even if all ones: without it, gaps in position ids read as packed sequences
-        return {
-            "inputs_embeds": short.inputs_embeds,
-            "attention_mask": short.attention_mask,
-            "position_ids": short.position_ids,
-            **short.deepstack(),
-        }
+        return {**_inputs(short), **short.deepstack()}
 
     def _after_language(self, module: nn.Module, args: Any, output: Any) -> Any:
         pending = self._pending
@@ -312,6 +335,16 @@ class ForwardSeam:
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(map(short.compaction.restore, output.hidden_states))
         return output
+
+
+def _inputs(short: Short) -> dict[str, Any]:
+    """Inputs of the language model, but for DeepStack."""
+    # the mask stays even if all ones: without it, gaps in position ids read as packed sequences
+    return {
+        "inputs_embeds": short.inputs_embeds,
+        "attention_mask": short.attention_mask,
+        "position_ids": short.position_ids,
+    }
 
 
 def _state(short: Short) -> CacheState:

@@ -23,7 +23,7 @@ from vtc.runtime.clock import Clock
 from vtc.runtime.forward import ForwardSeam
 from vtc.runtime.images import Images
 from vtc.runtime.session import Session
-from vtc.runtime.short import full_of, gather_groups
+from vtc.runtime.short import Short, full_of, gather_groups
 from vtc.runtime.turns import Turn, next_turn
 
 
@@ -126,12 +126,16 @@ class GenerateSeam:
         if pixels:
             selection = session.decide_before(images, inputs)
         else:
-            captured = None if turn.past is not None else session.encode(images, inputs, clock)
-            if captured is None:
-                captured = session.capture(images, inputs, clock)
-            full = full_of(captured)
+            encoded = None
+            if turn.past is None:
+                encoded = session.encode(images, inputs, turn.mask, turn.position_ids, clock)
+            if encoded is not None and encoded.short is not None:
+                session.note(images, encoded.selection, clock)
+                return self._prompted(images, turn, kwargs, clock, config, encoded.short)
+            kept = session.capture(images, inputs, clock) if encoded is None else encoded.kwargs
+            full = full_of(kept)
             known = turn.past is None
-            session.prompt = (captured, turn.mask, turn.position_ids) if known else None
+            session.prompt = (kept, turn.mask, turn.position_ids) if known else None
             selection = session.decide(images, gather_groups(images, full.embeds), inputs)
         session.note(images, selection, clock)
         left_alone = selection.is_identity and not session.acts_later and turn.past is None
@@ -142,8 +146,20 @@ class GenerateSeam:
             small = session.encode_small(images, selection, inputs)
             clock.mark("encoded")
         short = session.shorten(images, selection, full, turn.mask, turn.position_ids, small)
+        return self._prompted(images, turn, kwargs, clock, config, short)
+
+    def _prompted(
+        self,
+        images: Images,
+        turn: Turn,
+        kwargs: dict[str, Any],
+        clock: Clock,
+        config: _Config,
+        short: Short,
+    ) -> Any:
+        """The stock generate on a short prompt."""
+        session, model = self.session, self.session.adapter.model
         clock.mark("selected")
-        model = session.adapter.model
         with _processors_see(model, kwargs["input_ids"], turn.whole_mask), session.deepstack(short):
             session.expect_layers(images, short)
             given = _shortened(session, kwargs, turn.continued(short, session), config)

@@ -77,6 +77,22 @@ class Call:
     plans: list[LayerPlan] = field(default_factory=list)
 
 
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """What a captured encoder gave.
+
+    Attributes:
+        kwargs: what the stock base model would feed its language model; empty where the short
+            prompt is made.
+        selection: the decision, or None: it was not made yet.
+        short: the short prompt that goes with it.
+    """
+
+    kwargs: dict[str, Any]
+    selection: Selection | None = None
+    short: Short | None = None
+
+
 class _Captured(Exception):
     def __init__(self, kwargs: dict[str, Any]) -> None:
         self.kwargs = kwargs
@@ -211,14 +227,15 @@ class Session:
 
     def note(self, images: Images, selection: Selection | None, clock: Clock) -> None:
         """Remember a decision as the last call's; None: everything was kept, nothing decided."""
-        decided = selection if selection is not None else self._everything(images)
+        decided = selection if selection is not None else self.everything(images)
         self.last = Call(images, decided, clock, self.budget.keep)
         self.last.earlier = () if selection is None else self._earlier
         if self.tower.cuts is not None and selection is not None:
             self.last.block_patches = tuple(self.tower.cuts.lengths)
             self.last.encoder = self.tower.patch_selection(images)
 
-    def _everything(self, images: Images) -> Selection:
+    def everything(self, images: Images) -> Selection:
+        """The decision to keep all."""
         return Selection.everything(images.lengths, images.parent, images.grids, images.parts)
 
     def note_cache(self, cache: Any) -> None:
@@ -326,7 +343,7 @@ class Session:
         self._image_key = self.tower.keys(images, inputs) if draws else None
         self.layers.draw_by(self._image_key, self.seed)
         self._earlier = tuple(found[:-1])
-        return found[-1] if found else self._everything(images)
+        return found[-1] if found else self.everything(images)
 
     def decide_before(self, images: Images, inputs: Mapping[str, Any]) -> Selection:
         """Run a method that acts on pixels: there are no tokens yet."""
@@ -342,19 +359,22 @@ class Session:
         attention_mask: Tensor,
         position_ids: Tensor,
         small: list[Tensor] | None = None,
+        policy: Policy | None = None,
     ) -> Short:
         """Apply a decision to full embeddings `[B, S, D]`, mask `[B, S]` and position ids.
 
         `small` holds each image's tokens when they are not in `embeds` (the pixel site). Where the
-        prefill is captured, rows are padded to the next length of its own.
+        prefill is captured, rows are padded to the next length of its own. `policy` is the
+        session's where it is None.
         """
         embeds = full.stacked
         width = full.embeds.shape[-1]
         self._check_window(embeds.shape[1])
         # with a model spread over devices, ids may be elsewhere than what the encoder made of them
         mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
-        # where nothing is dropped there is nothing to renumber
-        policy: Policy = "keep" if selection.is_identity else self.policy
+        if policy is None:
+            # where nothing is dropped there is nothing to renumber
+            policy = "keep" if selection.is_identity else self.policy
         padded = None if self.fast is None else self.fast.width(images, selection, mask.shape)
         compaction = plan(images, selection, mask, policy, padded)
         appended = None
@@ -424,20 +444,29 @@ class Session:
         return {need.key: found[need.key] for need in needs if need.key in found}
 
     def encode(
-        self, images: Images, inputs: Mapping[str, Any], clock: Clock
-    ) -> dict[str, Any] | None:
-        """What the stock base model would feed its language model, from a captured encoder; None
-        where there is none."""
+        self,
+        images: Images,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        position_ids: Tensor,
+        clock: Clock,
+    ) -> Captured | None:
+        """A captured encoder's tokens, and the short prompt where its making is captured too; None
+        where the stock model has to encode."""
         if self.fast is None:
             return None
-        ids = inputs["input_ids"]
-        images.to(ids.device)  # a copy waits for the device: before it has work
-        self.encoded = self.fast.encode(images, inputs)
-        if self.encoded is None:
+        found = self.fast.compress(images, inputs, mask, position_ids, clock)
+        if found is None:
             return None
-        embeds = self.encoded.into(self.embedded(ids), images)
+        self.encoded, done = found
+        if done is not None:
+            self._earlier = tuple(done[0][:-1])
+            self.layers.draw_by(None, self.seed)
+            selection = done[0][-1] if done[0] else self.everything(images)
+            return Captured({}, selection, done[1])
+        embeds = self.encoded.into(self.embedded(inputs["input_ids"]), images)
         clock.mark("encoded")
-        return {"inputs_embeds": embeds}
+        return Captured({"inputs_embeds": embeds})
 
     def capture(self, images: Images, inputs: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
         """What the stock base model would feed its language model, which is not run."""
