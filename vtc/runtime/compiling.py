@@ -21,9 +21,10 @@ _COMPILATIONS = 64
 
 
 @functools.cache
-def _compiled(kind: type[nn.Module]) -> Any:
-    """The forward of a class of modules, compiled anew for each shape and shared by its modules."""
-    return torch.compile(kind.forward, fullgraph=True, dynamic=False)
+def _compiled(kind: type[nn.Module], whole: bool = True) -> Any:
+    """The forward of a class of modules, compiled anew for each shape and shared by its modules;
+    `whole` refuses what cannot be compiled in one piece."""
+    return torch.compile(kind.forward, fullgraph=whole, dynamic=False)
 
 
 class _Slot:
@@ -75,11 +76,16 @@ def _layer(layer: nn.Module, held: Any, hidden: Tensor, **kwargs: Any) -> Any:
 
 @contextmanager
 def compiled_blocks(encoder: Encoder) -> Iterator[None]:
-    """Within it, everything in encoder blocks but attention runs compiled."""
+    """Within it, encoder blocks run compiled, but for what is attended to."""
     found = []
     for block, attention in zip(encoder.blocks, encoder.attentions, strict=True):
         for module in block.children():
-            if module is not attention and any(True for _ in module.parameters()):
-                found.append((module, functools.partial(_compiled(type(module)), module)))
+            if any(True for _ in module.parameters()):
+                # packed encoders turn queries and keys in single precision, step by step
+                broken = module is attention
+                if broken and not encoder.packed:
+                    continue
+                forward = _compiled(type(module), not broken)
+                found.append((module, functools.partial(forward, module)))
     with _forwards(found):
         yield

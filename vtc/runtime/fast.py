@@ -90,6 +90,7 @@ class Fast:
     def clear(self) -> None:
         """Drop all that is captured."""
         self.graphs.clear()
+        self.encoder.aligned.clear()
         self.selection.clear()
         self.llm.clear()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc import dispatch
+from vtc.runtime.aligning import Aligned
 from vtc.runtime.compiling import compiled_blocks
 from vtc.runtime.graphs import Graphs
 from vtc.runtime.images import Images
@@ -51,6 +52,7 @@ class FastEncoder:
         self.session, self.graphs, self.compiles = session, graphs, compiles
         # which operations ran when a call was captured: no replay tells
         self._ran: dict[Any, dict[str, str]] = {}
+        self.aligned = Aligned()
 
     def refusal(self, images: Images, inputs: Mapping[str, Any]) -> str | None:
         """Why this call's encoder is not captured; None if it is."""
@@ -102,6 +104,7 @@ class FastEncoder:
                 if self.session.tower.encoder.packed and kind in ("sdpa", "eager"):
                     for attention in self.session.tower.encoder.attentions:
                         stack.enter_context(together(attention))
+                stack.enter_context(self.aligned.within(self.session.tower.encoder.blocks))
                 if self.compiles:
                     stack.enter_context(compiled_blocks(self.session.tower.encoder))
                 return adapter.encode(given), self.session.tower.read()

@@ -20,6 +20,7 @@ from vtc import dispatch
 from vtc.errors import InputError, NeverCompressedError, PatchError, UnsupportedModeError
 from vtc.runtime.cache import CacheState, compressed, filled, remember
 from vtc.runtime.clock import Clock
+from vtc.runtime.encoding import encode
 from vtc.runtime.images import Images
 from vtc.runtime.session import Session
 from vtc.runtime.short import Short, full_of, gather_groups
@@ -228,7 +229,7 @@ class ForwardSeam:
             positions = session.adapter.position_ids(given)
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        encoded = session.encode(pending.images, pending.inputs, mask, positions, pending.clock)
+        encoded = encode(session, pending.images, pending.inputs, mask, positions, pending.clock)
         if encoded is None:
             return None
         pending.encoded = True

@@ -20,6 +20,7 @@ from vtc import dispatch
 from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError
 from vtc.runtime.cache import CacheState, filled, remember, remembered
 from vtc.runtime.clock import Clock
+from vtc.runtime.encoding import encode, stock_inputs
 from vtc.runtime.forward import ForwardSeam
 from vtc.runtime.images import Images
 from vtc.runtime.session import Session
@@ -128,11 +129,13 @@ class GenerateSeam:
         else:
             encoded = None
             if turn.past is None:
-                encoded = session.encode(images, inputs, turn.mask, turn.position_ids, clock)
+                encoded = encode(session, images, inputs, turn.mask, turn.position_ids, clock)
             if encoded is not None and encoded.short is not None:
                 session.note(images, encoded.selection, clock)
                 return self._prompted(images, turn, kwargs, clock, config, encoded.short)
-            kept = session.capture(images, inputs, clock) if encoded is None else encoded.kwargs
+            kept = (
+                stock_inputs(session, images, inputs, clock) if encoded is None else encoded.kwargs
+            )
             full = full_of(kept)
             known = turn.past is None
             session.prompt = (kept, turn.mask, turn.position_ids) if known else None

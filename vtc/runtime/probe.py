@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtc.runtime.segments import by_segment
@@ -116,6 +117,7 @@ def _registered() -> Iterator[None]:
                 del ALL_ATTENTION_FUNCTIONS[_PACKED]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(
     module: nn.Module,
     query: Tensor,

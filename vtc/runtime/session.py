@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -75,27 +74,6 @@ class Call:
     block_patches: tuple[int, ...] = ()
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     plans: list[LayerPlan] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
-class Captured:
-    """What a captured encoder gave.
-
-    Attributes:
-        kwargs: what the stock base model would feed its language model; empty where the short
-            prompt is made.
-        selection: the decision, or None: it was not made yet.
-        short: the short prompt that goes with it.
-    """
-
-    kwargs: dict[str, Any]
-    selection: Selection | None = None
-    short: Short | None = None
-
-
-class _Captured(Exception):
-    def __init__(self, kwargs: dict[str, Any]) -> None:
-        self.kwargs = kwargs
 
 
 class Session:
@@ -442,49 +420,3 @@ class Session:
             return self.tower.read(needs)
         found = self.encoded.signals
         return {need.key: found[need.key] for need in needs if need.key in found}
-
-    def encode(
-        self,
-        images: Images,
-        inputs: Mapping[str, Any],
-        mask: Tensor,
-        position_ids: Tensor,
-        clock: Clock,
-    ) -> Captured | None:
-        """A captured encoder's tokens, and the short prompt where its making is captured too; None
-        where the stock model has to encode."""
-        if self.fast is None:
-            return None
-        found = self.fast.compress(images, inputs, mask, position_ids, clock)
-        if found is None:
-            return None
-        self.encoded, done = found
-        if done is not None:
-            self._earlier = tuple(done[0][:-1])
-            self.layers.draw_by(None, self.seed)
-            selection = done[0][-1] if done[0] else self.everything(images)
-            return Captured({}, selection, done[1])
-        embeds = self.encoded.into(self.embedded(inputs["input_ids"]), images)
-        clock.mark("encoded")
-        return Captured({"inputs_embeds": embeds})
-
-    def capture(self, images: Images, inputs: Mapping[str, Any], clock: Clock) -> dict[str, Any]:
-        """What the stock base model would feed its language model, which is not run."""
-        names = inspect.signature(self.adapter.base.forward).parameters
-        given = {k: v for k, v in inputs.items() if k in names and v is not None}
-
-        def stop(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            raise _Captured(kwargs)
-
-        hook = self.adapter.language_model.register_forward_pre_hook(
-            stop, with_kwargs=True, prepend=True
-        )
-        try:
-            with self.recording(images, inputs):
-                self.adapter.base(**given)
-        except _Captured as captured:
-            clock.mark("encoded")
-            return captured.kwargs
-        finally:
-            hook.remove()
-        raise InputError("the model never called its language model; expected a stock forward")

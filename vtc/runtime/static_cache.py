@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 
 class CountedLayer(StaticLayer):
@@ -27,10 +27,23 @@ class CountedLayer(StaticLayer):
     # generate must neither compile for it nor make its masks: the captured call does
     is_compileable = False
 
-    def __init__(self, max_cache_len: int) -> None:
+    def __init__(self, max_cache_len: int, index: int, layers: int, memory: list[Tensor]) -> None:
         super().__init__(max_cache_len)
         self.filled = 0
+        self._index, self._layers, self._memory = index, layers, memory
         self.place: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take its part of the memory of all layers, which the first one allocates."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
+        if not self._memory:
+            for x in (key_states, value_states):
+                rows = (*x.shape[:2], self.max_cache_len, x.shape[-1])
+                self._memory.append(x.new_zeros((self._layers, *rows)))
+        self.keys, self.values = (memory[self._index] for memory in self._memory)
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Add entries `[B, H, n, d]`; returns all, `[B, H, capacity, d]`."""
@@ -67,7 +80,10 @@ class CountedCache(StaticCache):
     def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
         super().__init__(config=config, max_cache_len=capacity)
         self.capacity = capacity
-        self.layers = [CountedLayer(capacity) for _ in self.layers]
+        # keys, then values of all layers, once there are any: what is done to all is done at once
+        self._memory: list[Tensor] = []
+        count = len(self.layers)
+        self.layers = [CountedLayer(capacity, i, count, self._memory) for i in range(count)]
         self.start = torch.zeros((), dtype=torch.long, device=device)
 
     @staticmethod
@@ -101,19 +117,20 @@ class CountedCache(StaticCache):
 
     def clean(self) -> None:
         """Take away numbers that may not be finite: what is masked is multiplied by zero still."""
-        there = [layer for layer in self.layers if layer.is_initialized]
-        if there:
-            torch._foreach_zero_([x for layer in there for x in (layer.keys, layer.values)])
+        for memory in self._memory:
+            memory.zero_()
 
     def held_bytes(self) -> int:
         """Memory that its entries take."""
-        found = [getattr(layer, name, None) for layer in self.layers for name in ("keys", "values")]
-        return sum(x.nbytes for x in found if isinstance(x, Tensor))
+        return sum(memory.nbytes for memory in self._memory)
 
     def snapshot(self) -> DynamicCache:
         """A cache that lives on by itself."""
+        keys, values = (memory[..., : self.filled, :].clone() for memory in self._memory)
         copy = DynamicCache()
-        for i, layer in enumerate(self.layers):
-            length = layer.filled
-            copy.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), i)
+        for i in range(len(self.layers)):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys[i], values[i])
+            layer.keys, layer.values = keys[i], values[i]
+            copy.layers.append(layer)
         return copy
