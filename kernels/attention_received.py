@@ -163,19 +163,19 @@ def attention_received_mean_kernel(
     COUNTED: tl.constexpr,
 ) -> None:
     """Mean over heads and valid queries of `sums [B, H, N]`; 0 where not valid."""
-    b = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(0).to(tl.int64)
     valid += b * n
     counts = tl.zeros([COUNTED], tl.int32)
     for start in range(0, n, COUNTED):
         at = start + tl.arange(0, COUNTED)
         counts += tl.load(valid + at, at < n, other=0).to(tl.int32)
-    keys = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    keys = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = tl.load(valid + keys, keys < n, other=0).to(tl.int1)
     total = tl.zeros([COLUMNS], tl.float32)
     for h in range(heads):
         total += tl.load(sums + (b * heads + h) * n + keys, inside, other=0.0)
     mean = total / (heads * tl.maximum(tl.sum(counts, 0), 1)).to(tl.float32)
-    tl.store(out + b * n + keys, tl.where(inside, mean, 0.0), keys < n)
+    tl.store(out + b * n + keys, mean, keys < n)
 
 
 def attention_received(q: Tensor, k: Tensor, scale: float, valid: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _launch(q: Tensor, k: Tensor, scale: float, valid: Tensor, **other: int) -> 
         grid = (batch * heads * blocks,)
         attention_received_kernel[grid](q, k, valid, rows, *common, **shapes)
         attention_received_keys_kernel[grid](q, k, valid, rows, sums, *common, **shapes)
-        attention_received_mean_kernel[triton.cdiv(n, _COLUMNS), batch](
+        attention_received_mean_kernel[batch, triton.cdiv(n, _COLUMNS)](
             sums, valid, out, heads, n, COLUMNS=_COLUMNS, COUNTED=1024
         )
     return out

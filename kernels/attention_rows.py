@@ -32,6 +32,7 @@ from vtc.kernels._shared import (
 _SPLITS = 32
 # numbers in the logits kept at once (64 MiB), as in the reference
 _MAP = 2**24
+_GRID = 2**15  # a grid's second and third sides end at 2^16 - 1
 
 
 class Tiles(NamedTuple):
@@ -118,8 +119,8 @@ def attention_rows_mean_kernel(
     COLUMNS: tl.constexpr,
 ) -> None:
     """Mean over heads of exp2(x - maximum) / sum, for one query and some keys."""
-    r, rows, b = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    keys = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    b, r, rows = tl.program_id(0).to(tl.int64), tl.program_id(2), tl.num_programs(2)
+    keys = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.arange(0, SPLITS)
     # cells between the last key and the row's end are loaded too: a bound of 16s lets loads be wide
     held = keys < width - 2 * SPLITS
@@ -174,7 +175,8 @@ def _launch(q: Tensor, k: Tensor, scale: float, valid: Tensor | None, **other: i
     (batch, heads, rows, size), n = q.shape, k.shape[2]
     span = triton.cdiv(triton.cdiv(n, tiles.keys), _SPLITS) * tiles.keys
     splits, width = triton.cdiv(n, span), 2 * _SPLITS + triton.cdiv(n, 16) * 16
-    at_once = max(1, _MAP // (batch * heads * width) // tiles.rows) * tiles.rows
+    at_once = min(_MAP // (batch * heads * width), _GRID)
+    at_once = max(1, at_once // tiles.rows) * tiles.rows
     out = torch.empty(batch, rows, n, dtype=torch.float32, device=q.device)
     if valid is not None:
         valid = valid.contiguous()
@@ -193,7 +195,7 @@ def _launch(q: Tensor, k: Tensor, scale: float, valid: Tensor | None, **other: i
                 SIZE=size, UNIT=unit, SPLITS=_SPLITS, LOW=low_precision(q, k), ROWS=tiles.rows,
                 KEYS=tiles.keys, STEP=tiles.step, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
-            attention_rows_mean_kernel[triton.cdiv(n, tiles.columns), count, batch](
+            attention_rows_mean_kernel[batch, triton.cdiv(n, tiles.columns), count](
                 kept, out[:, first:], heads, n, splits, width, out.stride(0), SPLITS=_SPLITS,
                 HEADS=min(32, triton.next_power_of_2(heads)), COLUMNS=tiles.columns,
             )  # fmt: skip
