@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vtc.bench import scale, script, tables
 from vtc.bench.families import SHAPES
-from vtc.bench.providers import PATHS
+from vtc.bench.providers import PATHS, ROUTES
 
 RESULTS = Path(__file__).parent / "results" / "scale"
 
@@ -30,7 +30,7 @@ def main(given: Sequence[str] | None = None) -> int:
     add("--points", type=script.numbers, help="(default: 1,2,4,8,16,32; tiny: 1,2)")
     beyond = "until the stock model is out of memory (default: 40,48,64)"
     add("--beyond", type=script.numbers, default=scale.BEYOND, help=beyond)
-    add("--paths", type=script.one_of(PATHS), default=PATHS, help="of the method")
+    add("--paths", type=script.one_of(ROUTES), default=PATHS, help="of the method")
     add("--runs", type=int, help="of each point (default: 5, tiny: 2)")
     args = parser.parse_args(given)
     store = script.store(args)

@@ -16,7 +16,7 @@ from pathlib import Path
 from vtc.bench import script, tables, ttft
 from vtc.bench.families import SHAPES
 from vtc.bench.plan import PARTS, Settings
-from vtc.bench.providers import PATHS
+from vtc.bench.providers import PATHS, ROUTES
 
 RESULTS = Path(__file__).parent / "results" / "ttft"
 
@@ -26,9 +26,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = script.parser(__doc__, RESULTS)
     add = parser.add_argument
     add("--models", type=script.one_of(tuple(SHAPES)), default=tuple(SHAPES), help="by commas")
-    parts = "main targets, all methods on LLaVA-1.5, flash attention (default: all)"
+    parts = "targets; LLaVA-1.5's encoder blocks, all methods; flash attention (default: all)"
     add("--parts", type=script.one_of(PARTS), default=PARTS, help=parts)
-    add("--paths", type=script.one_of(PATHS), default=PATHS, help="eager, fast (default: both)")
+    paths = "of eager, fast and compile (default: the first two)"
+    add("--paths", type=script.one_of(ROUTES), default=PATHS, help=paths)
     add("--methods", type=script.listed, help="instead of those of each part")
     add("--batches", type=script.numbers, default=(1, 8), help="of LLaVA-1.5's targets")
     add("--runs", type=int, help="of each call (default: 20, tiny: 2)")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
+
+from figures.style import legend_below, machine, paper, plain, saved
 
 Row = dict[str, Any]
 
@@ -38,14 +39,10 @@ def prefill_plot(rows: Sequence[Row]) -> dict[str, bytes]:
     Returns:
         The files' contents by ending: `png` and `svg`.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     cases = list(dict.fromkeys((row["size"], row["batch"]) for row in rows))
-    figure = Figure(figsize=(15, 4.2 * len(cases) + 0.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = paper(15, 4.2 * len(cases) + 0.8)
     grid = figure.subplots(len(cases), 3, sharey="row", squeeze=False)
     for (size, batch), (left, middle, right) in zip(cases, grid, strict=True):
         own = [row for row in rows if (row["size"], row["batch"]) == (size, batch)]
@@ -61,31 +58,9 @@ def prefill_plot(rows: Sequence[Row]) -> dict[str, bytes]:
         middle.set_xlabel(f"visual tokens active, mean over layers, of {first['visual_tokens']}")
         right.set_xlabel("TFLOP from the embeddings to the first logits")
         left.set_ylim(bottom=0)
-    handles, labels = [], []
-    for axes in grid.flat:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(_machine(rows[0]), fontsize=9, x=0.01, ha="left", color="#555555")
-    out = {}
-    for ending in ("png", "svg"):
-        buffer = io.BytesIO()
-        # no date and a fixed salt: the same rows give the same file
-        metadata = {"Software": None} if ending == "png" else {"Date": None, "Creator": None}
-        with matplotlib.rc_context({"svg.hashsalt": "vtc"}):
-            figure.savefig(buffer, format=ending, dpi=150, metadata=metadata)
-        out[ending] = buffer.getvalue()
-    return out
-
-
-def _machine(row: Row) -> str:
-    where = row["gpu"] or row["cpu"]
-    return (
-        f"{where}, bfloat16, sdpa, random weights; torch {row['torch']}, transformers "
-        f"{row['transformers']}; {row['date']}, {row['commit']}"
-    )
+    legend_below(figure, grid.flat, 3)
+    figure.suptitle(machine(rows[0]), fontsize=9, x=0.01, ha="left", color="#555555")
+    return saved(figure)
 
 
 def _panel(axes: Any, rows: Sequence[Row], x: str, unit: float = 1.0) -> None:
@@ -112,5 +87,4 @@ def _panel(axes: Any, rows: Sequence[Row], x: str, unit: float = 1.0) -> None:
     for row in rows:
         if row["kind"] == "stock":
             axes.axhline(row["prefill_ms"], color="black", lw=1, ls=(0, (6, 2)), label="stock")
-    axes.grid(alpha=0.25, lw=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)

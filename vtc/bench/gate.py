@@ -70,7 +70,7 @@ class Gate:
         self.shape = shape
         self.models: dict[torch.dtype, Any] = {torch.bfloat16: low}
         self.models[torch.float32] = copy.deepcopy(low).float()
-        self._known: dict[tuple[str, int, int], Parity] = {}
+        self._known: dict[tuple[str, str, int, int], Parity] = {}
 
     def __enter__(self) -> Gate:
         return self
@@ -82,14 +82,14 @@ class Gate:
             torch.cuda.empty_cache()
 
     def __call__(self, provider: Provider, batch: int = 1, images: int = 1) -> Parity | None:
-        """Of a fast provider; None for an eager one.
+        """Of a provider that is not eager; None for an eager one.
 
         Raises:
             VtcError: it cannot run.
         """
         if provider.path == "eager":
             return None
-        at = provider.method, batch, images
+        at = provider.method, provider.path, batch, images
         if at not in self._known:
             like = torch.empty(0, dtype=torch.bfloat16, device=next(self._devices()))
             inputs = self.shape.inputs(batch, like, images)

@@ -163,8 +163,11 @@ def cases(tiny: bool = False) -> list[Case]:
 
 
 def _real() -> list[Case]:
-    vit = {"ViT-L block, 1 image": (1, 16, 577, 64), "5 crops": (5, 16, 577, 64)}
-    vit |= {"8 images": (8, 16, 577, 64), "InternViT block, 13 tiles": (13, 16, 1025, 64)}
+    vit = {"ViT-L block, 1 image": (1, 16, 577, 64), "ViT-L block, 5 crops": (5, 16, 577, 64)}
+    vit |= {
+        "ViT-L block, 8 images": (8, 16, 577, 64),
+        "InternViT block, 13 tiles": (13, 16, 1025, 64),
+    }
     vit |= {"Qwen2.5-VL block, 5,184 patches": (1, 16, 5184, 80)}
     vit |= {"Llama layer, 2,944 entries": (1, 32, 2944, 128)}
     every = {"ViT-L block, 5 crops": (5, 16, 577, 64)}

@@ -19,7 +19,7 @@ from vtc.bench.providers import (
 from vtc.bench.shapes import Shape
 
 THREE = ("vtc_cls", "todre", "flowcut")
-PARTS = ("main", "methods", "flash")
+PARTS = ("main", "blocks", "methods", "flash")
 # 11.1 % and 33.3 % of the tokens of each
 _KEEPS = {
     "llava-1.5-7b": (64,),
@@ -28,6 +28,7 @@ _KEEPS = {
     "internvl3-8b": (369,),
 }
 _BOTH = (64, 192)
+_INSIDE = ("flowcut", "downsample")
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Settings:
     """Attributes:
     device: where it runs.
     models: names of `SHAPES`.
-    parts: of `PARTS`: the targets, all methods on LLaVA-1.5, flash attention.
-    paths: of `PATHS`.
+    parts: of `PARTS`: the targets; on LLaVA-1.5 methods that cut in the encoder at its largest
+        batch, and all methods; flash attention.
+    paths: of `ROUTES`.
     methods: names; None: those of the part.
     batches: of LLaVA-1.5's targets.
     runs: of each call.
@@ -89,15 +91,34 @@ def planned(settings: Settings) -> list[tuple[Shape, list[Case]]]:
             found.append(Case(1, _flash(keeps[0], settings)))
         if found:
             plan.append((shape, found))
-    if "methods" in settings.parts and "llava-1.5-7b" in settings.models:
+    if "llava-1.5-7b" in settings.models:
         shape = SHAPES["llava-1.5-7b"]
-        small = tiny(shape) if settings.tiny else shape
-        keeps = [max(1, round(keep * small.visual / shape.visual)) for keep in _BOTH]
-        methods = settings.methods or with_keep()
-        others = [*stock(settings.paths), *provided(methods, keeps, small.visual, settings.paths)]
-        known = {p for s, cases in plan if s == small for c in cases for p in c.providers}
-        plan.append((small, [Case(1, [p for p in others if p not in known])]))
+        shape = tiny(shape) if settings.tiny else shape
+        known = {
+            (c.batch, p) for s, cases in plan if s == shape for c in cases for p in c.providers
+        }
+        others = []
+        for case in _others(shape, settings):
+            new = [p for p in case.providers if (case.batch, p) not in known]
+            others.append(Case(case.batch, new))
+        if others:
+            plan.append((shape, others))
     return plan
+
+
+def _others(shape: Shape, settings: Settings) -> list[Case]:
+    """All methods on LLaVA-1.5, and those whose saving is in the encoder."""
+    scale = shape.visual / SHAPES["llava-1.5-7b"].visual
+    keeps = [max(1, round(keep * scale)) for keep in _BOTH]
+    found = []
+    if "blocks" in settings.parts:
+        # eagerly, where blocks can be timed one by one, on a batch that keeps the device busy
+        inside = provided(_INSIDE, keeps[:1], shape.visual, ("eager",))
+        found.append(Case(max(settings.batches), [Provider(), *inside]))
+    if "methods" in settings.parts:
+        every = provided(settings.methods or with_keep(), keeps, shape.visual, settings.paths)
+        found.append(Case(1, [*stock(settings.paths), *every]))
+    return found
 
 
 def _main(shape: Shape, keeps: Sequence[int], settings: Settings) -> list[Case]:

@@ -17,7 +17,9 @@ from vtc.calibration.published import published
 from vtc.errors import OptionError
 from vtc.runtime.tower import facts_of
 
-Route = Literal["eager", "fast"]
+Route = Literal["eager", "fast", "compile"]
+ROUTES: tuple[Route, ...] = ("eager", "fast", "compile")
+# compiling takes half a minute for each length of the prompt
 PATHS: tuple[Route, ...] = ("eager", "fast")
 STOCK = "stock"
 SDPA, FLASH = "sdpa", "flash_attention_2"
@@ -30,7 +32,8 @@ class Provider:
     Attributes:
         method: of vtc, or `STOCK`: the model as it is.
         keep: as in `vtc.patch`.
-        path: `"fast"`: with `fast=True`; the stock model then under the method `"none"`.
+        path: `"fast"`: with `fast=True`, `"compile"`: with `fast="compile"`; the stock model then
+            under the method `"none"`.
         attention: what the model is told to attend with.
     """
 
@@ -76,9 +79,10 @@ class Provider:
 
     def _patched(self, model: Any) -> vtc.Handle:
         fast: Any = False
-        if self.path == "fast":
+        if self.path != "eager":
             # without a GPU: the code of the fast path, not captured
-            fast = True if model.device.type == "cuda" else "eager"
+            captured = True if self.path == "fast" else "compile"
+            fast = captured if model.device.type == "cuda" else "eager"
         if self.method == STOCK:
             return vtc.patch(model, "none", fast=fast)
         reads = hasattr(vtc.method(self.method), "calibration")

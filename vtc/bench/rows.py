@@ -54,6 +54,13 @@ def unique(rows: Iterable[Row]) -> list[Row]:
     return list({key(row): row for row in rows}.values())
 
 
+def of_one_machine(rows: Sequence[Row]) -> list[Row]:
+    """Those of the machine with most rows: times of two are not put beside each other."""
+    machines = [row["gpu"] or row["cpu"] for row in rows]
+    most = max(dict.fromkeys(machines), key=machines.count, default=None)
+    return [row for row, machine in zip(rows, machines, strict=True) if machine == most]
+
+
 class Store:
     """A file of rows that is whole at any moment.
 

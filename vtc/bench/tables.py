@@ -17,7 +17,7 @@ def speedup(row: Row, path: str, name: str = "ttft_ms") -> float | None:
     if (
         not row.get("meaningful")
         or name not in row
-        or (row["path"] == "fast" and not row.get("parity"))
+        or (row["path"] != "eager" and not row.get("parity"))
     ):
         return None
     beside = row.get("stock", {}).get(path, {}).get(name)
@@ -53,7 +53,7 @@ def ttft_table(rows: Sequence[Row]) -> Table:
                 spread(row, "ttft_ms"),
                 spread(row, "generate_1_ms"),
                 times(speedup(row, "eager")),
-                times(speedup(row, "fast")),
+                times(speedup(row, row["path"])),
                 percent(row.get("selection_share")),
                 percent(added(row)),
                 spread(row, "generate_ms"),

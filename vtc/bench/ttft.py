@@ -20,7 +20,7 @@ from vtc.bench.gate import Gate
 from vtc.bench.measure import Effort, attempt, emptied, measured
 from vtc.bench.plan import Case, Settings, planned
 from vtc.bench.progress import Progress
-from vtc.bench.providers import FLASH, PATHS, SDPA, STOCK, Provider, flash_missing
+from vtc.bench.providers import FLASH, ROUTES, SDPA, STOCK, Provider, flash_missing
 from vtc.bench.rows import Row, Store
 from vtc.bench.shapes import Shape, build, sharpen
 
@@ -122,7 +122,7 @@ class _Sitting:
                 self.progress.step(f"{name}: left out, {self.settings.minutes} minutes are over")
                 continue
             parity = self.parity.get((case.batch, provider))
-            if provider.path == "fast" and not getattr(parity, "green", False):
+            if provider.path != "eager" and not getattr(parity, "green", False):
                 if isinstance(parity, dict):
                     self._add(case, provider, parity, None)
                 self.progress.step(f"{name}: not timed")
@@ -171,7 +171,7 @@ class _Sitting:
             "meaningful": self.device.type == "cuda" and not self.settings.tiny,
             "parity": None if parity is None else parity.to_dict(),
             # of this process: what speed-ups are against
-            "stock": {p: of[at] for p in PATHS if (at := (self.shape.name, case.batch, p)) in of},
+            "stock": {p: of[at] for p in ROUTES if (at := (self.shape.name, case.batch, p)) in of},
         }
         row = about | row
         return self._run.store.add(row | floors(self.shape, case.batch, row, self._run.ceilings))

@@ -1,0 +1,1 @@
+"""Pictures of the rows that the benchmarks write."""
