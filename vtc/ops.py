@@ -158,11 +158,17 @@ def group_topk(scores: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
 
 
 def topk_mask(scores: Tensor, valid: Tensor, counts: Tensor) -> Tensor:
-    """What `group_topk` chooses, as `bool[G, N]`."""
-    keep, keep_valid = group_topk(scores, valid, counts)
-    # one column more takes what is not valid
-    mask = torch.zeros(len(valid), valid.shape[1] + 1, dtype=torch.bool, device=valid.device)
-    return mask.scatter(1, keep.masked_fill(~keep_valid, valid.shape[1]), True)[:, :-1]
+    """What `group_topk` chooses, as `bool[G, N]`, by counts that the host need not know.
+
+    Args:
+        scores: `[G, N]`.
+        valid: `bool[G, N]`.
+        counts: `int64[G]` on the device of the scores.
+    """
+    by_score = scores.float().argsort(dim=-1, descending=True, stable=True)
+    by_score = by_score.gather(1, (~valid).gather(1, by_score).int().argsort(dim=-1, stable=True))
+    chosen = torch.arange(valid.shape[1], device=valid.device) < counts[:, None]
+    return torch.zeros_like(valid).scatter(1, by_score, chosen) & valid
 
 
 @accelerated
