@@ -185,13 +185,15 @@ class Adapter(ABC):
             inputs: pixels on their device; what says their sizes on the CPU, so that nothing waits
                 for the device.
         """
+        features = self.projected(inputs)
+        return features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(list(features))
+
+    def projected(self, inputs: Mapping[str, Any]) -> Any:
+        """What the stock model makes of images, one tensor or one each."""
         names = inspect.signature(self.model.model.get_image_features).parameters
         given = {n: inputs[n] for n in self.visual_inputs if n in names and n in inputs}
         given |= self.encoder_constants(inputs)
-        features = self.model.model.get_image_features(**given, return_dict=True).pooler_output
-        if isinstance(features, Tensor):
-            return features.flatten(0, 1)
-        return torch.cat(list(features))
+        return self.model.model.get_image_features(**given, return_dict=True).pooler_output
 
     def encoder_constants(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword inputs of the encoder that follow from sizes alone, which it would compute on the

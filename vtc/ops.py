@@ -15,9 +15,13 @@ from vtc.dispatch import accelerated, constant
 
 # numbers in the largest attention map formed at once: 64 MiB of float32
 _MAP = 2**24
-# share of its own diagonal below which nothing is left of a token in `greedy_map`: in float32 what
-# rounding leaves of kernels of 96 to 576 tokens whose rank is exhausted stayed below 1e-5
-SPENT = 2.0**-15
+# of `greedy_map`: nothing is left of a token below this share of its own diagonal for each choice
+# so far. 4 eps of float32: of kernels of 577 and 1,200 tokens whose rank was exhausted (8 to 640
+# choices, flat and steep spectra) rounding had left at most 3.8 eps a choice
+SPENT = 2.0**-21
+# of `greedy_map`: tokens whose product is at least this share of the square of either are copies.
+# 32 eps: more than the order of some thousand terms makes of a product, less than bfloat16 resolves
+EQUAL = 1 - 2.0**-18
 
 
 @accelerated
@@ -243,9 +247,14 @@ def greedy_map(kernel: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
     most to the determinant of the chosen ones' kernel; ties go to the lowest index.
 
     By the incremental Cholesky factor of Chen et al., "Fast Greedy MAP Inference for Determinantal
-    Point Process", algorithm 1, as CDPruner runs it; O(N·K²) in float32. What is left of a token
-    whose share of its own diagonal falls below `SPENT` (copies of chosen ones, all tokens once the
-    rank is exhausted) counts as 0: the published code divides by the root of what rounding left.
+    Point Process", algorithm 1, as CDPruner runs it; O(N·K²) in float32. Two rules keep rounding,
+    which is another on each device, from deciding:
+
+    - Copies (K_ij ≥ `EQUAL`·max(K_ii, K_jj)) are one choice: of those left the lowest index is
+      taken, and nothing is left of the others.
+    - What is left of a token, as a share of its own diagonal, counts as 0 up to `SPENT` for each
+      choice so far (all tokens once the rank is exhausted): the published code divides by the root
+      of what rounding left. Once nothing is left of any, the lowest index not yet taken is next.
 
     Args:
         kernel: `[G, N, N]`, symmetric positive semi-definite (`diag(relevance)·similarity·
@@ -259,18 +268,21 @@ def greedy_map(kernel: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
     width, n = int(counts.max()) if len(counts) else 0, valid.shape[1]
     kernel = kernel.float().masked_fill(~(valid[:, None] & valid[..., None]), 0)
     diagonal = kernel.diagonal(dim1=-2, dim2=-1)
-    groups, taken, left = torch.arange(len(kernel), device=kernel.device), ~valid, diagonal
+    groups, index = (torch.arange(size, device=kernel.device) for size in valid.shape)
+    taken, left = ~valid, diagonal
     factor, chosen = kernel.new_zeros(len(kernel), n, width), []  # [G, N, K]
     for i in range(width):
         j = left.masked_fill(taken, float("-inf")).argmax(-1)
-        # a product and a sum, so that equal tokens tie exactly: see `greedy_diverse`
+        row, own = kernel[groups, j], diagonal.gather(1, j[:, None])
+        copies = ~taken & (row >= EQUAL * torch.maximum(diagonal, own))
+        pick = torch.where(copies, index, j[:, None]).amin(-1)
         known = (factor[..., :i] * factor[groups, j, None, :i]).sum(-1)
         pivot = left.gather(1, j[:, None])
-        row = torch.where(pivot > 0, (kernel[groups, j] - known) / pivot.sqrt(), 0)
+        row = torch.where(pivot > 0, (row - known) / pivot.sqrt(), 0)
         left = left - row * row
-        left = left.masked_fill(left <= SPENT * diagonal, 0)
-        factor[..., i], taken = row, taken.scatter(1, j[:, None], True)
-        chosen.append(j)
+        left = left.masked_fill(copies | (left <= SPENT * (i + 1) * diagonal), 0)
+        factor[..., i], taken = row, taken.scatter(1, pick[:, None], True)
+        chosen.append(pick)
     keep_valid = (
         torch.arange(width, device=valid.device)
         < constant(tuple(counts.tolist()), valid.device)[:, None]

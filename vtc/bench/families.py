@@ -75,7 +75,7 @@ class Llava(Shape):
         """Crops; of LLaVA-NeXT with the size of the image."""
         crops = [self.crops] if self.crops > 1 else []
         shape = (images, *crops, 3, self.side, self.side)
-        out = {"pixel_values": torch.randn(shape, generator=generator)}
+        out = {"pixel_values": torch.randn(shape, generator=generator, device=generator.device)}
         if self.crops > 1:
             out["image_sizes"] = torch.full((images, 2), 2 * self.side)
         return out
@@ -157,7 +157,9 @@ class Qwen25(Shape):
         side = self.side // self.patch
         values = 3 * 2 * self.patch**2
         return {
-            "pixel_values": torch.randn(images * side * side, values, generator=generator),
+            "pixel_values": torch.randn(
+                images * side * side, values, generator=generator, device=generator.device
+            ),
             "image_grid_thw": torch.tensor([[1, side, side]] * images),
         }
 
@@ -229,7 +231,7 @@ class InternVL3(Shape):
     def pixels(self, images: int, generator: torch.Generator) -> Inputs:
         """Tiles."""
         shape = (images * self.tiles, 3, self.side, self.side)
-        return {"pixel_values": torch.randn(shape, generator=generator)}
+        return {"pixel_values": torch.randn(shape, generator=generator, device=generator.device)}
 
 
 _CLIP = Tower(1024, 4096, 24, 16)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -106,6 +107,11 @@ class Gate:
 
 def parity(models: Models, provider: Provider, inputs: Inputs) -> Parity:
     """Of one fast provider, on the same weights in both dtypes."""
+    with _without_tf32():
+        return _parity(models, provider, inputs)
+
+
+def _parity(models: Models, provider: Provider, inputs: Inputs) -> Parity:
     eager = replace(provider, path="eager")
     low, full = models[torch.bfloat16], models[torch.float32]
     whole = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
@@ -119,6 +125,17 @@ def parity(models: Models, provider: Provider, inputs: Inputs) -> Parity:
         limit_fp32=rounding / 2**8,
         same_tokens=_equal(tokens, fast_tokens),
     )
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Within it convolutions in float32 are what they say."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @torch.no_grad()

@@ -20,8 +20,10 @@ from vtc.bench.timing import named, wait, whole_ms
 from vtc.errors import VtcError
 from vtc.runtime.report import kv_bytes
 
-WARM = 3
-PARTS = 5
+WARM = 2
+PARTS = 3
+# the device is lent for minutes
+_SLOW_MS = 150
 _SPLIT = ("encoder_ms", "selector_ms", "prefill_ms")
 
 
@@ -61,7 +63,9 @@ def measured(model: Any, inputs: Inputs, provider: Provider, effort: Effort) -> 
     emptied(device)
     with provider.on(model) as handle:
         row: Row = {"first_call_ms": whole_ms(forward, device)}
-        for _ in range(WARM):
+        generate()
+        slow = whole_ms(forward, device) > _SLOW_MS
+        for _ in range(1 if slow else WARM):
             forward()
             generate()
         if effort.generates:
@@ -69,8 +73,9 @@ def measured(model: Any, inputs: Inputs, provider: Provider, effort: Effort) -> 
         _reset(device)
         row |= _first_logits(model, handle, forward, effort.runs)
         row |= _memory(device)
-        row |= named("generate_1_ms", [whole_ms(generate, device) for _ in range(effort.runs)])
-        row["runs"] = effort.runs
+        again = max(1, effort.runs // 2) if slow else effort.runs
+        row |= named("generate_1_ms", [whole_ms(generate, device) for _ in range(again)])
+        row |= {"runs": effort.runs, "generate_1_runs": again}
         if effort.parts and provider.path == "eager":
             row |= _parts(model, handle, forward)
         row |= _accounts(handle, forward)
@@ -163,8 +168,8 @@ def attempt(measure: Callable[[], Row], device: torch.device) -> Row:
             "failed": "error",
             "reason": f"{type(error).__name__}: {_first_line(error)}",
             "where": where(error),
-            "traceback": traceback.format_exc(),
         }
+        traceback.print_exc()
     emptied(device)
     return failed
 

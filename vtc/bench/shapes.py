@@ -142,13 +142,18 @@ class Shape(ABC):
     def inputs(self, batch: int, like: Tensor, images: int = 1, seed: int = 0) -> Inputs:
         """Keyword inputs of B random prompts of I images each, on the device and with the dtype of
         `like`."""
-        generator = torch.Generator().manual_seed(seed)
+        # where they are needed: 64 images take a second on a CPU
+        device = like.device
+        generator = torch.Generator(device).manual_seed(seed)
         before, behind = (
-            torch.randint(3, self.image_token, (batch, n), generator=generator) for n in self.text
+            torch.randint(3, self.image_token, (batch, n), generator=generator, device=device)
+            for n in self.text
         )
         half, image = len(self.borders) // 2, [self.image_token] * (self.visual + self.newlines)
         one = [*self.borders[:half], *image, *self.borders[half:]]
-        ids = torch.cat([before, torch.tensor(one * images).expand(batch, -1), behind], 1)
+        ids = torch.cat(
+            [before, torch.tensor(one * images, device=device).expand(batch, -1), behind], 1
+        )
         out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         out |= self.pixels(batch * images, generator)
         return {

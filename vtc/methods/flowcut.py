@@ -3,17 +3,20 @@ text has the last word inside the LLM."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from vtc import ops
+from vtc.dispatch import constant
 from vtc.errors import InputError, SignalError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.scorers import Scorer
 from vtc.scorers.flow import Flow, block_tokens, drop_amount, last_entry, layer_tokens
 from vtc.selectors import Selector, TopK, mask_over
+from vtc.selectors.base import checked_scores
 from vtc.selectors.shares import even_shares, roomy_shares
 from vtc.sites import BlockView, Cut, Facts, LayerView
 from vtc.types import Budget, Signal, Tokens
@@ -58,6 +61,11 @@ class FlowCut(Method):
     `scorer` gives S in the place of the formula, here and in the LLM: it sees the units of each row
     (a group), their values as features, the attention of [CLS] or its stand-in as `cls_row` and
     what `image_key` is made of; how scores add up and how many patches go stays as above.
+
+    With `fast`, patches are hidden from attention instead of taken out, wherever rows stand side by
+    side: results are the same, and as no length depends on numbers then, the encoder and all of its
+    decisions are one captured call. At a batch of one, an encoder is bound by launches, not by
+    patches: taking them out saved nothing there, and asking how many cost more than the LLM.
 
     Args:
         llm_cut: whether to cut in the LLM: `"auto"` as published (where an image may be several
@@ -128,17 +136,48 @@ class FlowCut(Method):
     def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
         """Add this block's score; cut where an even number of blocks remains."""
         attention, tokens = block_tokens(view)
-        scores, carry = self._scores(tokens), {}
-        if scores is not None:
-            if "score" in view.carry:
-                scores = 0.5 * view.carry["score"] + 0.5 * scores
-            carry["score"] = scores
+        scores, carry = self._added(view, tokens)
         remaining = view.tap - 1 - view.block
         if remaining % 2:
             return Cut(None, carry)
-        left, counts = self._counts(view, attention, self.targets(view, budget), remaining)
+        targets = self.targets(view, budget).to(view.valid.device)
+        left, counts = torch.stack(self._counts(view, attention, targets, remaining)).cpu()
         keep = None if torch.equal(left, counts) else self._kept(tokens, scores, counts)
         return Cut(keep, carry)
+
+    def mask_refusal(self) -> str | None:
+        """Why the device cannot decide alone between encoder blocks; None if it can."""
+        if type(self.active_selector) is not TopK:
+            return f"selector {self.active_selector.name!r} is told on the host how many go on"
+        if self.needs:
+            return "the method draws numbers on the host"
+        return None
+
+    def encoder_mask(self, view: BlockView, budget: Budget) -> Cut:
+        """As `encoder_cut`, over units that are hidden instead of gone; reads nothing."""
+        attention, tokens = block_tokens(view)
+        if type(self.active_scorer) is not Flow:
+            tokens = replace(tokens, features=tokens.features * tokens.valid[..., None])
+        scores, carry = self._added(view, tokens)
+        remaining = view.tap - 1 - view.block
+        if remaining % 2 or scores is None:
+            return Cut(None, carry)
+        if not remaining:  # what was not a number once is none now
+            checked_scores(self.active_selector.name, tokens, scores)
+        targets = constant(self.targets(view, budget), view.valid.device)
+        _, counts = self._counts(view, attention, targets, remaining)
+        return Cut(ops.topk_mask(scores, view.valid, counts), carry)
+
+    def _added(
+        self, view: BlockView, tokens: Tokens
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The cumulative score, None for a selector that looks at none, and what is handed on."""
+        scores = self._scores(tokens)
+        if scores is None:
+            return None, {}
+        if "score" in view.carry:
+            scores = 0.5 * view.carry["score"] + 0.5 * scores
+        return scores, {"score": scores}
 
     def _scores(self, tokens: Tokens) -> Tensor | None:
         """Scores `[G, N]`, 0 on padding; None for a selector that looks at none."""
@@ -154,16 +193,15 @@ class FlowCut(Method):
     def _counts(
         self, view: BlockView, attention: Tensor, targets: Tensor, remaining: int
     ) -> tuple[Tensor, Tensor]:
-        """Units of each row before and after the cut, `int64[R]` on the CPU each."""
-        units, targets = view.valid.sum(-1), targets.to(view.valid.device)
+        """Units of each row before and after the cut, `int64[R]` each."""
+        units = view.valid.sum(-1)
         if remaining:
             amount = drop_amount(attention, units * view.patches, targets * view.patches, remaining)
             amount = torch.where(units > targets, amount / view.patches, 0).round().long()
             if self.batch_coupled:
                 amount = amount.amax().expand_as(amount)
             targets = torch.maximum(units - amount, targets)
-        before, after = torch.stack([units, torch.minimum(units, targets)]).cpu()
-        return before, after
+        return units, torch.minimum(units, targets)
 
     def targets(self, view: BlockView, budget: Budget) -> Tensor:
         """Units of each row that leave the encoder, `int64[R]` on the CPU."""

@@ -139,8 +139,9 @@ def plan(
     visual = placed.columns.masked_fill(~placed.valid, length)
     kept = placed.columns.gather(1, keep).masked_fill(~keep_valid, length)
     stays = torch.ones(batch, length + 1, dtype=torch.bool, device=device)
-    stays[row, visual] = False
-    stays[row, kept] = True
+    # values on the device: plain ones would be copied there
+    stays.index_put_((row, visual), stays.new_zeros(()))
+    stays.index_put_((row, kept), stays.new_ones(()))
     if len(placed.newlines):
         stays[placed.newlines[:, 0], placed.newlines[:, 1]] = _rows_alive(placed, selection)
     stays = stays[:, :length] & (attention_mask.long().cumsum(-1) > 0)

@@ -157,7 +157,7 @@ class FastSelection:
         try:
             embeds = encoded.into(session.embedded(ids), images)
             found = decided(session, images, gather_groups(images, embeds), {})
-            selection = found[-1] if found else _everything(session.everything(images), ids.device)
+            selection = _placed(found[-1] if found else session.everything(images), ids.device)
             if selection.slot_positions.shape[1] != selection.keep.shape[1]:
                 raise CaptureError("where merged tokens stand is found on the host")
             policy = session.policy if found else "keep"
@@ -167,8 +167,10 @@ class FastSelection:
         return found, short
 
 
-def _everything(selection: Selection, device: torch.device) -> Selection:
-    """A selection known on the host, on the device."""
+def _placed(selection: Selection, device: torch.device) -> Selection:
+    """A selection on the device: what is known on the host follows from sizes."""
+    if selection.keep.device == device:
+        return selection
     named = {name: getattr(selection, name) for name in ("keep", "valid", "positions")}
     return replace(selection, **{name: constant(x, device) for name, x in named.items()})
 

@@ -23,11 +23,15 @@ class _Layout:
         self.m = run.patches_per_unit
         self.units = widths
         self.full = int(widths.max())
-        self.index = torch.arange(self.full, device=device).repeat(len(widths), 1)
-        self.valid = self.index < widths.to(device)[:, None]
-        self.index = self.index.masked_fill(~self.valid, 0)
+        index = torch.arange(self.full).repeat(len(widths), 1)
+        valid = index < widths[:, None]
+        self.index, self.valid = self._put(index.masked_fill(~valid, 0)), self._put(valid)
         self.ragged = False
         self._in_force: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _put(self, known: Tensor) -> Tensor:
+        """What the host knows, on the device."""
+        return known.to(self.device)
 
     def follow(self, device: torch.device) -> None:
         """Go where the next block's input is: a tower may be spread over devices."""
@@ -49,17 +53,22 @@ class _Layout:
     @cached_property
     def token_units(self) -> list[Tensor]:
         """For each image, which unit of the run (row · U + unit) each LLM token is made of."""
+        return [p.to(self.device) for p in self.known_units]
+
+    @cached_property
+    def known_units(self) -> list[Tensor]:
+        """The same on the CPU."""
         rows = len(self.units)
         # in double precision, every number of a unit is exact
         numbers = torch.arange(float(rows * self.full), dtype=torch.float64)
         packed = self.run.to_tokens(numbers.view(1, rows, self.full))
-        return [p[0].round().long().to(self.device) for p in packed]
+        return [p[0].round().long() for p in packed]
 
     @cached_property
     def reachable(self) -> Tensor:
         """`int64[R]` on the CPU: how many units of each row LLM tokens are made of."""
-        rows = torch.cat(self.token_units) // self.full
-        return rows.bincount(minlength=len(self.units)).cpu()
+        rows = torch.cat(self.known_units) // self.full
+        return rows.bincount(minlength=len(self.units))
 
     @property
     def reaching(self) -> Tensor:
@@ -121,9 +130,9 @@ class RowLayout(_Layout):
             hidden.device,
         )
         together = run.units(self.total)
-        self.raster = (
+        self.raster = self._put(
             torch.arange(self.total).view(-1, self.m) if together is None else together
-        ).to(hidden.device)
+        )
         self._together = together is None
 
     @property
@@ -166,11 +175,7 @@ class RowLayout(_Layout):
         """Rows `[rows, side, side]`, patches in raster order."""
         masks = torch.zeros(len(alive), self.total, dtype=torch.bool, device=self.device)
         masks[:, self.raster.flatten().to(self.device)] = alive.repeat_interleave(self.m, 1)
-        side = round(self.total**0.5)
-        shape = (side, side) if side * side == self.total else (1, self.total)
-        return [
-            part.unflatten(1, shape) for part in masks.split([v.rows for v in self.run.visuals])
-        ]
+        return by_image(masks, [v.rows for v in self.run.visuals])
 
     def restore_outputs(self, output: Any) -> None:
         """Fill up the hidden states that the tower gives, in place."""
@@ -192,6 +197,13 @@ class RowLayout(_Layout):
         rows = torch.arange(len(body), device=body.device)[:, None]
         out = out.index_put((rows, places.flatten(1)), body.flatten(1, 2))
         return torch.cat([hidden[:, : self.first], out[:, :-1]], 1)
+
+
+def by_image(masks: Tensor, rows: list[int]) -> list[Tensor]:
+    """Patches of rows `bool[R, P]`, in raster order, as `bool[rows, side, side]` of each image."""
+    side = round(masks.shape[1] ** 0.5)
+    shape = (side, side) if side * side == masks.shape[1] else (1, masks.shape[1])
+    return [part.unflatten(1, shape) for part in masks.split(rows)]
 
 
 class PackedLayout(_Layout):

@@ -97,12 +97,14 @@ def block_tokens(view: BlockView) -> tuple[Tensor, Tokens]:
         return x.masked_fill(~patches, 0).view(*view.valid.shape, view.patches).mean(-1)
 
     # values of one patch are one row, heads side by side
-    features = value.transpose(1, 2).flatten(2).unflatten(1, (view.valid.shape[1], view.patches))
+    features = value.transpose(1, 2).flatten(2)
+    if view.patches > 1:
+        features = features.unflatten(1, (view.valid.shape[1], view.patches)).mean(2)
     signals = {"flow": by_unit(score), "cls_row": by_unit(row)[:, None]}
     if view.image_key is not None:
         signals["image_key"] = view.image_key
     tokens = Tokens(
-        features=features.mean(2),
+        features=features,
         valid=view.valid,
         grid=((1, 1, view.valid.shape[1]),) * len(view.valid),
         parent=torch.stack([view.image, torch.full_like(view.image, -1)], -1),

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vtc.dispatch import constant
 from vtc.scorers.base import Scorer
 from vtc.scorers.cls_attention import ClsAttention
 from vtc.types import Signal, Tokens
@@ -34,6 +35,7 @@ class Overview(Scorer):
         scores = self.of(tokens)
         if tokens.overview is None:
             return scores
-        first, end = torch.tensor(tokens.overview, device=scores.device).T[..., None]  # [G, 1] each
+        spans = constant(torch.tensor(tokens.overview), scores.device)
+        first, end = spans.T[..., None]  # [G, 1] each
         place = torch.arange(scores.shape[1], device=scores.device)
         return scores.masked_fill((place < first) | (place >= end), float("-inf"))

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vtc.dispatch import constant
 from vtc.selectors.base import Selector, selection_of
 from vtc.types import Selection, Tokens
 
@@ -24,8 +25,9 @@ class UniformStride(Selector):
         device = tokens.valid.device
         lengths = torch.tensor(tokens.lengths, dtype=torch.int64)
         i = torch.arange(int(counts.max()) if len(counts) else 0)
-        valid = (i < counts[:, None]).to(device)
-        rank = ((2 * i + 1) * lengths[:, None] // (2 * counts[:, None].clamp_min(1))).to(device)
+        valid = constant(i < counts[:, None], device)
+        rank = (2 * i + 1) * lengths[:, None] // (2 * counts[:, None].clamp_min(1))
+        rank = constant(rank, device)
         # a rank counts valid tokens; padding may stand anywhere
         order = (~tokens.valid).int().argsort(dim=-1, stable=True)
         keep = order.gather(1, rank.masked_fill(~valid, 0)).masked_fill(~valid, 0)
