@@ -78,7 +78,9 @@ def test_graphs_equal_the_plain_path(model: Any, family: str, method: str, kind:
     keep, options = METHODS[method]
     inputs = on_cuda(build_inputs(family, prompts(family)[kind]))
     report = agree(model, inputs, method, keep, True, **options)
-    assert report.fast == dict.fromkeys(("encoder", "prefill"), "cuda") | {"decode": "not run"}
+    parts = {part: said for part, said in report.fast.items() if part != "decode"}
+    assert parts.pop("selection") == "cuda" or method in ("random", "average_pool")
+    assert set(parts.values()) == {"cuda"}
     assert report.graph_bytes > 0
 
 

@@ -127,10 +127,11 @@ class Fast:
         """The encoder's tokens and what is made of them: decisions and the short prompt, or None
         where they are not captured. None alone where the stock model has to encode."""
         ids = inputs["input_ids"]
-        why = self.selection.refusal() if self.prefills else self._llm_blocked
+        why = self._blocked or self.encoder.refusal(images, inputs)
+        why = why or (self.selection.refusal() if self.prefills else self._llm_blocked)
         staged = None
         # copies wait for the device: before it has work
-        if self._blocked is None and why is None:
+        if why is None:
             key = self.encoder.key(images, inputs)
             staged = self.selection.stage(images, ids, mask, positions, key)
         if staged is None or not self.graphs.holds(staged.key):
