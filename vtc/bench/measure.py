@@ -81,6 +81,10 @@ def measured(model: Any, inputs: Inputs, provider: Provider, effort: Effort) -> 
         row |= _accounts(handle, forward)
         if effort.generates:
             row |= _whole(generate, row, effort, device)
+        else:
+            generate()
+        if handle is not None:
+            row["fast_generate"] = handle.report().fast
     return row
 
 
