@@ -23,6 +23,7 @@ from vtc.adapters.base import (
 from vtc.dispatch import constant
 from vtc.errors import InputError, UnsupportedModeError, UnsupportedModelError
 
+_LAYOUTS = 256  # of sizes, that are remembered
 _TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
 
@@ -150,6 +151,11 @@ class LlavaNextAdapter(LlavaAdapter):
     supported: ClassVar[str] = "LlavaNextForConditionalGeneration (LLaVA-NeXT)"
     tiled: ClassVar[bool] = True
 
+    def check(self) -> None:
+        """As in LLaVA-1.5."""
+        super().check()
+        self._layouts: dict[tuple[int, ...], Visual] = {}
+
     @property
     def newline(self) -> Tensor:
         """A weight of the model."""
@@ -179,6 +185,15 @@ class LlavaNextAdapter(LlavaAdapter):
         return [self._layout(inputs, i, rows) for i, rows in enumerate(self._rows(inputs))]
 
     def _layout(self, inputs: Mapping[str, Any], which: int, rows: int) -> Visual:
+        # stock packing takes a millisecond to say it
+        key = (*as_list(inputs["image_sizes"][which]), rows)
+        if key not in self._layouts:
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.clear()
+            self._layouts[key] = self._new_layout(inputs, which, rows)
+        return self._layouts[key]
+
+    def _new_layout(self, inputs: Mapping[str, Any], which: int, rows: int) -> Visual:
         side = self._side()
         packed = self._packed(torch.zeros(rows, side * side, 1), inputs, which)[:, 0]
         ends = packed.isnan().nonzero()[:, 0].tolist()
@@ -195,7 +210,10 @@ class LlavaNextAdapter(LlavaAdapter):
         """Stock packing of `[R, U, C]` with NaN for newlines: `[N + newlines, C]`."""
         newline = features.new_full((features.shape[-1],), float("nan"))
         strategy = self.model.config.vision_feature_select_strategy
-        found, _ = self.model.model.pack_image_features(
+        # the class's own: `encode` keeps that of the model away for as long as the encoder runs
+        model = self.model.model
+        found, _ = type(model).pack_image_features(
+            model,
             [features],
             inputs["image_sizes"][which : which + 1],
             vision_feature_select_strategy=strategy,
@@ -303,7 +321,9 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return len(self._rows(inputs)) if inputs.get("pixel_values") is not None else 0
 
     def _packed(self, features: Tensor, inputs: Mapping[str, Any], which: int) -> Tensor:
-        found, _ = self.model.model.pack_image_features(
+        model = self.model.model
+        found, _ = type(model).pack_image_features(
+            model,
             [features],
             inputs["image_sizes"][which : which + 1],
             image_newline=features.new_full((features.shape[-1],), float("nan")),

@@ -79,7 +79,11 @@ def test_graphs_equal_the_plain_path(model: Any, family: str, method: str, kind:
     inputs = on_cuda(build_inputs(family, prompts(family)[kind]))
     report = agree(model, inputs, method, keep, True, **options)
     parts = {part: said for part, said in report.fast.items() if part != "decode"}
-    assert parts.pop("selection") == "cuda" or method in ("random", "average_pool")
+    assert (
+        parts.pop("selection") == "cuda"
+        or method in ("random", "average_pool")
+        or (method == "todre" and "draws numbers" in report.fast["selection"])
+    )
     assert set(parts.values()) == {"cuda"}
     assert report.graph_bytes > 0
 

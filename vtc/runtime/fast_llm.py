@@ -40,9 +40,9 @@ _KNOWN = (
 
 
 def bucket(length: int) -> int:
-    """The next length that prompts are padded to: a multiple of 32, beyond 256 of 64, beyond 1024
+    """The next length that prompts are padded to: a multiple of 32, beyond 512 of 64, beyond 1024
     of 128."""
-    step = 32 if length <= 256 else 64 if length <= 1024 else 128
+    step = 32 if length <= 512 else 64 if length <= 1024 else 128
     return -(-length // step) * step
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -89,17 +90,39 @@ def find_images(
     """
     # one copy to the CPU, before the encoder is under way
     image = image.cpu()
-    visuals = adapter.visuals(inputs, _runs(image))
+    marks = _bytes(image)
+    visuals = tuple(adapter.visuals(inputs, list(_runs(marks, tuple(image.shape)))))
     if not visuals:
         raise InputError(
             "pixel_values hold no image, expected at least one: leave pixel_values out of a call "
             "without images"
         )
+    clips = None if video is None else _bytes(video.cpu())
+    known = _found(marks, clips, tuple(image.shape), visuals)
+    # its own object for each call, with the copies on devices that others made
+    found = replace(known)
+    object.__setattr__(found, "_moved", known._moved)
+    return found
+
+
+def _bytes(places: Tensor) -> bytes:
+    return places.contiguous().numpy().tobytes()
+
+
+def _places_of(marks: bytes, shape: tuple[int, ...]) -> Tensor:
+    return torch.frombuffer(bytearray(marks), dtype=torch.bool).view(shape)
+
+
+@functools.lru_cache(maxsize=128)
+def _found(
+    image: bytes, video: bytes | None, shape: tuple[int, ...], visuals: tuple[Visual, ...]
+) -> Images:
+    """Images and videos of this layout; prompts of the same layout share it."""
     pictures = [v for v in visuals if not v.video]
     clips = [v for v in visuals if v.video]
-    parts = _places(image, pictures, "image")
+    parts = _places(_places_of(image, shape), pictures, "image")
     if video is not None:
-        parts += _places(video.cpu(), clips, "video")
+        parts += _places(_places_of(video, shape), clips, "video")
     tokens, newlines = [], []
     for g, (v, part) in enumerate(zip(visuals, parts, strict=True)):
         behind = [end + i for i, (_, end) in enumerate(v.newlines)]
@@ -112,7 +135,7 @@ def find_images(
     columns = pad_sequence([part[:, 1] for part in tokens], batch_first=True)
     lengths = torch.tensor([v.tokens for v in visuals])
     return Images(
-        visuals=tuple(visuals),
+        visuals=visuals,
         rows=torch.stack([part[0, 0] for part in tokens]),
         columns=columns,
         valid=torch.arange(columns.shape[1]) < lengths[:, None],
@@ -121,12 +144,14 @@ def find_images(
     )
 
 
-def _runs(places: Tensor) -> list[int]:
+@functools.lru_cache(maxsize=128)
+def _runs(marks: bytes, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Lengths of the stretches of True, row by row."""
-    return [len(list(group)) for row in places.tolist() for there, group in groupby(row) if there]
+    rows = _places_of(marks, shape).tolist()
+    return tuple(len(list(group)) for row in rows for there, group in groupby(row) if there)
 
 
-def _places(placeholders: Tensor, visuals: list[Visual], what: str) -> list[Tensor]:
+def _places(placeholders: Tensor, visuals: Sequence[Visual], what: str) -> list[Tensor]:
     """(row, column) of every token of each image or video, newlines too."""
     lengths = [v.tokens + len(v.newlines) for v in visuals]
     places = placeholders.nonzero()  # [T, 2], row-major
