@@ -45,6 +45,7 @@ def greedy_map(kernel: Tensor, valid: Tensor, counts: Tensor) -> tuple[Tensor, T
             *kernel.stride(),
             *valid.stride(),
             SPENT=ops.SPENT,
+            EQUAL=ops.EQUAL,
             BLOCK=block,
             ROWS=max(1, min(16, 16_384 // block)),
             num_warps=min(32, 2 * warps(block)),
@@ -69,6 +70,7 @@ def greedy_map_kernel(
     valid_group: tl.tensor,
     valid_token: tl.tensor,
     SPENT: tl.constexpr,
+    EQUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ) -> None:
@@ -92,6 +94,8 @@ def greedy_map_kernel(
         pivot = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
         row = tl.load(kernel + j * kernel_row + at * kernel_col, mask=usable, other=0.0)
+        row = row.to(tl.float32)
+        own = tl.load(kernel + j * (kernel_row + kernel_col)).to(tl.float32)
         known = tl.zeros([BLOCK], tl.float32)
         for first in range(0, i, ROWS):
             earlier = first + lane
@@ -102,11 +106,14 @@ def greedy_map_kernel(
                 other=0.0,
             )
             known += tl.sum(of_j[:, None] * rows, 0)
-        row = tl.where(pivot > 0, tl.div_rn(row.to(tl.float32) - known, tl.sqrt_rn(pivot)), 0.0)
+        # down here, so that no reduction keeps the loads above from overlapping
+        copies = available & (row >= EQUAL * tl.maximum(diagonal, own))
+        pick = tl.minimum(tl.min(tl.where(copies, at, BLOCK), 0), j)
+        row = tl.where(pivot > 0, tl.div_rn(row - known, tl.sqrt_rn(pivot)), 0.0)
         tl.store(factor + i * pitch + at, row, mask=at < pitch)
         left -= row * row
-        left = tl.where(left <= SPENT * diagonal, 0.0, left)
-        available = available & (at != j)
+        left = tl.where(copies | (left <= SPENT * (i + 1) * diagonal), 0.0, left)
+        available = available & (at != pick)
         tl.debug_barrier()
 
     chosen = usable & (available == 0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from vtc import ops
 from vtc.types import Selection
@@ -172,18 +176,94 @@ def test_map_takes_what_raises_the_determinant_most(data: st.DataObject) -> None
         assert (keep[i, ~keep_valid[i]] == 0).all()
 
 
+class Rounding(TorchFunctionMode):
+    """Within it operations round as they may elsewhere: in float64, or with the terms of a row
+    summed in blocks, or in an order that is another for each row (CUDA's depends on where a row
+    starts in memory)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.float and self.how == "float64":
+            return args[0].double()
+        if func is torch.Tensor.sum and args[1:] == (-1,) and args[0].is_floating_point():
+            x = args[0]
+            rows, terms = torch.arange(x.shape[-2])[:, None], torch.arange(x.shape[-1])
+            if self.how == "rows":
+                turned = (terms + 37 * rows) % max(len(terms), 1)
+                return x.gather(-1, turned.expand_as(x)).sum(-1)
+            if self.how == "blocks":
+                return sum((part.sum(-1) for part in x.split(16, -1)), torch.zeros(x.shape[:-1]))
+        return func(*args, **(kwargs or {}))
+
+
+def kept_by_map(kernel: torch.Tensor, k: int) -> list[int]:
+    """Tokens of one group; the same however sums are rounded."""
+    args = kernel[None], torch.ones(1, len(kernel)).bool(), torch.tensor([k])
+    keep = ops.greedy_map(*args)[0]
+    for how in ("float64", "blocks", "rows"):
+        with Rounding(how):
+            assert torch.equal(ops.greedy_map(*args)[0], keep), how
+    return keep[0].tolist()  # type: ignore[no-any-return]
+
+
+def likenesses(n: int, dim: int, seed: int) -> torch.Tensor:
+    """CDPruner's kernel of n tokens that share a lot: relevance · cosine · relevance."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.nn.functional.normalize(torch.randn(n, dim, generator=g) + 0.5, dim=-1)
+    relevance = torch.rand(n, generator=g) + 0.1
+    return relevance[:, None] * (x @ x.mT) * relevance
+
+
+# what the order of summation makes of products that are equal otherwise
+@pytest.mark.parametrize("noise", [0.0, 2.0**-21])
+@pytest.mark.parametrize(("n", "dim"), [(5, 8), (63, 90), (193, 256)])
+def test_map_takes_the_first_of_copies_however_sums_are_rounded(
+    n: int, dim: int, noise: float
+) -> None:
+    g = torch.Generator().manual_seed(n)
+    which = torch.cat([torch.randint(n, (2 * n,), generator=g), torch.arange(n)])
+    off = noise * (2 * torch.rand(3 * n, 3 * n, generator=g) - 1)
+    kernel = likenesses(n, dim, n)[which][:, which] * (1 + off + off.mT)
+    firsts = [which.tolist().index(token) for token in range(n)]
+    assert set(kept_by_map(kernel, n // 2)) < set(firsts)
+    assert kept_by_map(kernel, n) == sorted(firsts)
+    # then nothing is left of any, and the lowest that is not taken is next
+    rest = sorted(set(range(3 * n)) - set(firsts))
+    for more in (1, 4):
+        assert kept_by_map(kernel, n + more) == sorted(firsts + rest[:more])
+
+
+@pytest.mark.parametrize("rank", [3, 24, 130])
+def test_map_beyond_the_rank_takes_the_lowest_however_sums_are_rounded(rank: int) -> None:
+    kernel = likenesses(2 * rank + 9, rank, rank)
+    spanning = kept_by_map(kernel, rank)
+    rest = sorted(set(range(len(kernel))) - set(spanning))
+    for more in (1, rank):
+        assert kept_by_map(kernel, rank + more) == sorted(spanning + rest[:more])
+
+
 @pytest.mark.parametrize("n", [5, 31, 63])
 def test_map_of_copies_and_zeros_is_decided_by_index(n: int) -> None:
-    g = torch.Generator().manual_seed(n)
-    x = torch.randn(1, n, 90, generator=g)
-    x = torch.cat([x, torch.zeros(1, 2, 90), x, x], 1)
-    keep, _ = ops.greedy_map(x @ x.mT, torch.ones(1, 3 * n + 2).bool(), torch.tensor([n + 4]))
-    # one of each, whichever; then nothing is left of any
-    firsts = {(i - 2) % n if i >= n + 2 else i for i in keep[0].tolist()} - {n, n + 1}
-    assert firsts == set(range(n))
-    kernel = torch.eye(n).repeat(1, 3, 3)
-    keep, _ = ops.greedy_map(kernel, torch.ones(1, 3 * n).bool(), torch.tensor([n + 2]))
-    assert keep[0].tolist() == list(range(n + 2))
+    x = torch.randn(n, 90, generator=torch.Generator().manual_seed(n))
+    x = torch.cat([x, torch.zeros(2, 90), x, x])
+    # one of each; then nothing is left of any, those of zeros included
+    assert kept_by_map(x @ x.mT, n + 4) == list(range(n + 4))
+    assert kept_by_map(torch.eye(n).repeat(3, 3), n + 2) == list(range(n + 2))
+
+
+def test_map_prefers_the_larger_of_two_in_one_direction() -> None:
+    larger = 1 + 2.0**-16  # beyond what rounding makes of copies
+    x = torch.tensor([[1.0, 0], [larger, 0], [0, 0.5], [0, 0.5 * larger]])
+    assert kept_by_map(x @ x.mT, 2) == [1, 3]
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1), st.integers(0, 12))
