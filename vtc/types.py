@@ -302,10 +302,13 @@ class Selection:
         grid: Iterable[tuple[int, int, int]],
         parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None,
         scores: Tensor | None = None,
+        width: int | None = None,
     ) -> Selection:
-        """The selection that keeps the tokens at `bool[G, N]`."""
+        """The selection that keeps the tokens at `bool[G, N]`; `width` is the most of any group,
+        where the host knows it without asking the device."""
         counts = mask.sum(-1)
-        width = int(counts.max()) if len(mask) else 0
+        if width is None:
+            width = int(counts.max()) if len(mask) else 0
         keep = torch.where(mask, torch.arange(mask.shape[1], device=mask.device), mask.shape[1])
         valid = torch.arange(width, device=mask.device) < counts[:, None]
         keep = keep.sort(-1).values[:, :width].masked_fill(~valid, 0)

@@ -168,9 +168,7 @@ class FlowCut(Method):
         _, counts = self._counts(view, attention, targets, remaining)
         return Cut(ops.topk_mask(scores, view.valid, counts), carry)
 
-    def _added(
-        self, view: BlockView, tokens: Tokens
-    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _added(self, view: BlockView, tokens: Tokens) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The cumulative score, None for a selector that looks at none, and what is handed on."""
         scores = self._scores(tokens)
         if scores is None:

@@ -128,9 +128,7 @@ class EncoderCuts:
         named = dict(kwargs)
         hidden = args[0] if args else named.pop("hidden_states")
         if block == 0:
-            kind = PackedLayout if self.encoder.packed else RowLayout
-            run = self._runs.pop(0)
-            self._layout, self._carry = kind(self.encoder, run, hidden), {}
+            self._layout, self._carry = self._laid_out(self._runs.pop(0), hidden), {}
             hidden = self._layout.ordered(hidden)
         elif self._layout is not None:
             self._layout.follow(hidden.device)
@@ -145,6 +143,11 @@ class EncoderCuts:
         self.lengths[block] += layout.patches
         return (hidden, *args[1:]), layout.arguments(named)
 
+    def _laid_out(self, run: Run, hidden: Tensor) -> RowLayout | PackedLayout:
+        """All units of a run, of whose first block this is the input."""
+        kind = PackedLayout if self.encoder.packed else RowLayout
+        return kind(self.encoder, run, hidden)
+
     def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         if block in self.blocks:
             self._seen.append((query, key, value, scale))
@@ -152,10 +155,11 @@ class EncoderCuts:
     def _mask(self, query: Tensor) -> Tensor | None:
         return self._layout.mask(query) if self._layout is not None else None
 
-    def _decided(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> Tensor:
+    def _view(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> BlockView:
+        """What is left of every row, as a block saw it that gave `hidden`."""
         run = layout.run
         queries, keys, values, scales = zip(*self._seen, strict=True)
-        view = BlockView(
+        return BlockView(
             block=block,
             tap=self.encoder.tap,
             valid=layout.reaching,
@@ -174,6 +178,9 @@ class EncoderCuts:
             image_key=_row_keys(run, self._drawing[0]),
             seed=self._drawing[1],
         )
+
+    def _decided(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> Tensor:
+        view = self._view(layout, block, hidden)
         with torch.no_grad():
             cut = self.method.encoder_cut(view, self._budget)
         self._carry = dict(cut.carry)
@@ -213,15 +220,18 @@ class EncoderCuts:
         if layout is None:
             return output
         self._done(layout.last, layout)
+        self._noted(layout)
+        if isinstance(layout, RowLayout):
+            layout.restore_outputs(output)
+        return output
+
+    def _noted(self, layout: RowLayout | PackedLayout) -> None:
         alive = layout.alive(self.encoder.tap)
         run = layout.run
         masks = layout.patch_masks(alive)
         for i, where, mask in zip(run.members, layout.token_units, masks, strict=True):
             self.survivors[i] = alive.flatten()[where]
             self.patches[i] = mask
-        if isinstance(layout, RowLayout):
-            layout.restore_outputs(output)
-        return output
 
 
 def _row_keys(run: Run, image_key: Tensor | None) -> Tensor | None:

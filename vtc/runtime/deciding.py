@@ -46,13 +46,17 @@ def decided(
 
 def _survivors(session: Session, images: Images) -> Selection:
     """The decision of cuts inside the encoder, once it has run."""
-    mask = session.tower.survivors(images)
+    mask, width = session.tower.survivors(images), None
+    if (encoded := session.encoded) is not None and encoded.survivors is not None:
+        mask, width = encoded.survivors, max(encoded.counts)
     if mask is None:
         raise NeverCompressedError(
             "images were given, but the encoder was not run on them in this call; pass "
             "pixel_values, not features computed before"
         )
-    return Selection.of_mask(mask, images.lengths, images.parent, images.grids, images.parts)
+    return Selection.of_mask(
+        mask, images.lengths, images.parent, images.grids, images.parts, width=width
+    )
 
 
 def _tokens(

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from vtc import dispatch
+from vtc.checks import Deferred, deferred
 from vtc.runtime.aligning import Aligned
 from vtc.runtime.compiling import compiled_blocks
 from vtc.runtime.graphs import Graphs
 from vtc.runtime.images import Images
+from vtc.runtime.masked_cuts import Left
 from vtc.runtime.probe import implementation, together
 
 if TYPE_CHECKING:
@@ -28,10 +30,14 @@ class Encoded:
     Attributes:
         features: `[T, D]`, what the stock model puts at `Images.places`.
         signals: what the method asked for, by key, as in `Tokens.signals`.
+        survivors: `bool[G, N]`, the tokens of patches that cuts left; None: none were cut.
+        counts: how many those are of each image.
     """
 
     features: Tensor
     signals: dict[str, Tensor]
+    survivors: Tensor | None = None
+    counts: tuple[int, ...] = ()
 
     def into(self, embeds: Tensor, images: Images) -> Tensor:
         """Text embeddings `[B, S, D]` with the tokens in their places."""
@@ -52,6 +58,8 @@ class FastEncoder:
         self.session, self.graphs, self.compiles = session, graphs, compiles
         # which operations ran when a call was captured: no replay tells
         self._ran: dict[Any, dict[str, str]] = {}
+        # tokens that cuts leave of each image, and what checks of numbers would say
+        self._left: dict[Any, tuple[tuple[int, ...], list[str]]] = {}
         self.aligned = Aligned()
 
     def refusal(self, images: Images, inputs: Mapping[str, Any]) -> str | None:
@@ -59,8 +67,8 @@ class FastEncoder:
         session, adapter = self.session, self.session.adapter
         if session.method.site == "pixels":
             return "the method resizes pixels on the host"
-        if session.tower.cutting(images, session.budget):
-            return "how many patches go on between its blocks depends on them"
+        if (reason := session.tower.mask_refusal(images, session.budget)) is not None:
+            return reason
         if adapter.deepstack_layers:
             return "features of inner blocks go to the language model"
         if any(visual.video for visual in images.visuals):
@@ -78,7 +86,8 @@ class FastEncoder:
             for key, value in sorted(host.items())
         )
         kind = implementation(self.session.tower.encoder.attentions[0])
-        return ("encoder", tuple(pixels.shape), pixels.dtype, sizes, images.lengths, kind)
+        keep = self.session.budget.keep if self.session.tower.cuts is not None else None
+        return ("encoder", tuple(pixels.shape), pixels.dtype, sizes, images.lengths, kind, keep)
 
     def _parts(self, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """The name of the pixels, and what says their sizes, on the CPU."""
@@ -92,25 +101,38 @@ class FastEncoder:
 
     def __call__(self, images: Images, inputs: Mapping[str, Any]) -> Encoded:
         """Encode, or raise `CaptureError`."""
-        adapter, key = self.session.adapter, self.key(images, inputs)
+        adapter, tower, key = self.session.adapter, self.session.tower, self.key(images, inputs)
         name, host = self._parts(inputs)
         kind = implementation(self.session.tower.encoder.attentions[0])
 
-        def encode(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            given = {**host, name: pixels}
+        def encode(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor], list[Tensor]]:
+            given, checks = {**host, name: pixels}, Deferred()
             with ExitStack() as stack:
                 stack.enter_context(dispatch.using(self.session.kernels, ran))
-                stack.enter_context(self.session.recording(images, given))
+                stack.enter_context(deferred(checks))
+                stack.enter_context(self.session.recording(images, given, masked=True))
                 if self.session.tower.encoder.packed and kind in ("sdpa", "eager"):
                     for attention in self.session.tower.encoder.attentions:
                         stack.enter_context(together(attention))
                 stack.enter_context(self.aligned.within(self.session.tower.encoder.blocks))
                 if self.compiles:
                     stack.enter_context(compiled_blocks(self.session.tower.encoder))
-                return adapter.encode(given), self.session.tower.read()
+                features, signals = adapter.encode(given), tower.read()
+            cuts = tower.masked
+            left = None if cuts is None else cuts.left
+            self._left[key] = (() if cuts is None else cuts.counts), checks.messages
+            parts = [] if left is None else [left.survivors, left.patches, left.lengths]
+            return features, signals, parts, checks.flags
 
         ran = self._ran.setdefault(key, {})
         with torch.no_grad():
-            encoded = Encoded(*self.graphs.run(key, encode, [inputs[name]]))
+            features, signals, left, flags = self.graphs.run(key, encode, [inputs[name]])
         self.session.ran.update(ran)
-        return encoded
+        counts, messages = self._left[key]
+        for flag, message in zip(flags, messages, strict=True):
+            self.session.checks.add(flag, message)
+        tower.clear_cuts()
+        if tower.masked is None or not left:
+            return Encoded(features, signals)
+        tower.masked.left = Left(*left)
+        return Encoded(features, signals, tower.masked.left.survivors, counts)

@@ -130,15 +130,18 @@ class FastSelection:
         def run(*given: Tensor) -> list[Tensor]:
             ids, mask, positions, packed, features, *signals = given
             there = _standing(images, packed)
-            own = Encoded(features, dict(zip(names, signals, strict=True)))
+            survivors = None if encoded.survivors is None else signals.pop()
+            found = dict(zip(names, signals, strict=True))
+            own = Encoded(features, found, survivors, encoded.counts)
             checks = Deferred()
             with dispatch.using(self.session.kernels, made), deferred(checks):
-                found, short = self._decided(there, own, ids, mask, positions)
+                left, short = self._decided(there, own, ids, mask, positions)
             short = replace(short, compaction=short.compaction.without(staged.padding))
-            self._made[staged.key] = (found, short, checks.messages, made)
-            return [*_tensors(found, short), *checks.flags]
+            self._made[staged.key] = (left, short, checks.messages, made)
+            return [*_tensors(left, short), *checks.flags]
 
         signals = [encoded.signals[name] for name in names]
+        signals += [] if encoded.survivors is None else [encoded.survivors]
         tensors = self.graphs.run(staged.key, run, [*staged.given, encoded.features, *signals])
         template, short, messages, ran = self._made[staged.key]
         self.session.ran.update(ran)

@@ -38,7 +38,7 @@ from vtc.runtime.short import (
     placed_of,
     with_slots,
 )
-from vtc.runtime.tower import Tower, facts_of
+from vtc.runtime.tower import Inside, Tower, facts_of
 from vtc.types import Budget, Selection, Signal
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class Call:
         selection: what reached the language model.
         earlier: what stages before the last one before it left, in order.
         later: what cuts between decoder layers left, by layer.
-        encoder: what cuts inside the encoder left, in original patches.
-        block_patches: patches through each block of the encoder; empty where none were cut.
+        inside: what cuts inside the encoder left, in original patches.
         kv_lengths: entries of each decoder layer's cache after the prefill.
         slots: which original token each visual token is that reached the language model.
         plans: what was said about decoder layers instead of tokens.
@@ -70,10 +69,19 @@ class Call:
     kv_lengths: tuple[int, ...] = ()
     later: dict[int, Selection] = field(default_factory=dict)
     earlier: tuple[Selection, ...] = ()
-    encoder: Selection | None = None
-    block_patches: tuple[int, ...] = ()
+    inside: Inside | None = None
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     plans: list[LayerPlan] = field(default_factory=list)
+
+    @property
+    def encoder(self) -> Selection | None:
+        """What is left of the patches, where the encoder cut."""
+        return None if self.inside is None else self.inside.selection
+
+    @property
+    def block_patches(self) -> tuple[int, ...]:
+        """Patches through each block of the encoder; empty where none were cut."""
+        return () if self.inside is None else self.inside.block_patches
 
 
 class Session:
@@ -208,9 +216,8 @@ class Session:
         decided = selection if selection is not None else self.everything(images)
         self.last = Call(images, decided, clock, self.budget.keep)
         self.last.earlier = () if selection is None else self._earlier
-        if self.tower.cuts is not None and selection is not None:
-            self.last.block_patches = tuple(self.tower.cuts.lengths)
-            self.last.encoder = self.tower.patch_selection(images)
+        if selection is not None:
+            self.last.inside = self.tower.inside(images)
 
     def everything(self, images: Images) -> Selection:
         """The decision to keep all."""
@@ -307,10 +314,13 @@ class Session:
         return all(step.keeps_all(images.lengths) for step in self.method.steps(self.budget))
 
     @contextmanager
-    def recording(self, images: Images, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Within it, the encoder's runs over these images are read and cut."""
+    def recording(
+        self, images: Images, inputs: Mapping[str, Any], masked: bool = False
+    ) -> Iterator[None]:
+        """Within it, the encoder's runs over these images are read and cut; `masked`, what is cut
+        is hidden."""
         self.method.check_lengths(images.lengths)
-        with self.tower.recording(images, inputs, self.budget, self.seed):
+        with self.tower.recording(images, inputs, self.budget, self.seed, masked):
             yield
 
     def decide(self, images: Images, features: Tensor, inputs: Mapping[str, Any]) -> Selection:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from vtc.methods.base import Method, Step
 from vtc.runtime.clock import Clock
 from vtc.runtime.cuts import EncoderCuts
 from vtc.runtime.images import Images
+from vtc.runtime.layouts import by_image
+from vtc.runtime.masked_cuts import MaskedCuts, Masking
 from vtc.runtime.probe import probed
 from vtc.runtime.rows import Run, runs_of
 from vtc.runtime.signals import EncoderSignals
@@ -45,6 +48,35 @@ def facts_of(adapter: Adapter) -> Facts:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """What cuts inside the encoder left in a call; read off the device when it is asked for.
+
+    Attributes:
+        lengths: `int64[L]`, patches through each block; empty where none were cut.
+        masks: for each image, `bool[t, h, w]` over its patches; empty if the tower was not run.
+        parent: as in `Selection`.
+    """
+
+    lengths: Tensor
+    masks: tuple[Tensor, ...]
+    parent: Tensor
+
+    @cached_property
+    def block_patches(self) -> tuple[int, ...]:
+        """Patches through each block."""
+        return tuple(self.lengths.tolist())
+
+    @cached_property
+    def selection(self) -> Selection | None:
+        """The decision over patches."""
+        if not self.masks:
+            return None
+        grids = [(m.shape[0], m.shape[1], m.shape[2]) for m in self.masks]
+        whole = pad_sequence([m.flatten() for m in self.masks], batch_first=True)
+        return Selection.of_mask(whole, [m.numel() for m in self.masks], self.parent, grids)
+
+
 class Tower:
     """Signals and cuts of one patched model's encoder.
 
@@ -56,6 +88,7 @@ class Tower:
         facts: what the method may know.
         signals: rows for methods that decide before the LLM.
         cuts: None for methods that do not cut inside the encoder.
+        masked: the same cuts by hiding patches, where a call asks for it.
 
     Raises:
         SignalError: the method cannot work on this encoder.
@@ -74,11 +107,13 @@ class Tower:
                 f"expected more than the {self.facts.tap + 1} blocks up to the feature tap"
             )
         self.cuts: EncoderCuts | None = None
+        self.masked: MaskedCuts | None = None
         if blocks:
             steps = method.steps(Budget(None))
             cutter = next((s.method for s in steps if s.method.site == "encoder"), method)
             behind = self.signals.finish_block
             self.cuts = EncoderCuts(adapter, self.encoder, cutter, blocks, behind)
+            self.masked = MaskedCuts(adapter, self.encoder, cutter, blocks, behind)
         # of the call under way, told how long cuts take
         self.clock: Clock | None = None
         self._runs: list[Run] = []
@@ -86,9 +121,15 @@ class Tower:
 
     @contextmanager
     def recording(
-        self, images: Images, inputs: Mapping[str, Any], budget: Budget, seed: int = 0
+        self,
+        images: Images,
+        inputs: Mapping[str, Any],
+        budget: Budget,
+        seed: int = 0,
+        masked: bool = False,
     ) -> Iterator[None]:
-        """Within it, a call's runs of the tower leave their signals here and are cut."""
+        """Within it, a call's runs of the tower leave their signals here and are cut, or `masked`,
+        see `mask_refusal`."""
         self._runs = runs_of(self.adapter, self.encoder, images.visuals, inputs)
         self.signals.clear()
         waiting = list(self._runs)
@@ -98,13 +139,13 @@ class Tower:
                 self.signals.finish(waiting.pop(0))
 
         with ExitStack() as stack:
-            if self.cuts is not None:
-                self.cuts.clear()
-                self.cuts.clock = self.clock
+            self.clear_cuts()
+            if (cuts := self.masked if masked else self.cuts) is not None:
+                cuts.clock = self.clock
                 for step in self.cutting(images, budget):
                     draws = any(s.name == "image_key" for s in step.method.needs)
                     keys = self.keys(images, inputs) if draws else None
-                    self.cuts.attach(stack, self._runs, step.budget, keys, seed)
+                    cuts.attach(stack, self._runs, step.budget, keys, seed)
             for block in self.signals.blocks:
                 see = partial(self._see, block)
                 stack.enter_context(probed(self.encoder.attentions[block], see))
@@ -114,6 +155,21 @@ class Tower:
 
     def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         self.signals.see(block, query, key, scale)
+
+    def clear_cuts(self) -> None:
+        """Forget what cuts left of an earlier call."""
+        for cuts in (self.cuts, self.masked):
+            if cuts is not None:
+                cuts.clear()
+
+    def mask_refusal(self, images: Images, budget: Budget) -> str | None:
+        """Why what is cut of these images cannot be hidden instead; None if it can, or if nothing
+        is cut."""
+        if not self.cutting(images, budget) or self.cuts is None:
+            return None
+        if self.encoder.packed or not isinstance(self.cuts.method, Masking):
+            return "how many patches go on between its blocks depends on them"
+        return self.cuts.method.mask_refusal()
 
     def cutting(self, images: Images, budget: Budget) -> list[Step]:
         """The step that cuts inside the encoder, unless it would cut nothing of these images."""
@@ -135,14 +191,18 @@ class Tower:
             for key, parts in self.signals.read(self._runs, needs).items()
         }
 
-    def patch_selection(self, images: Images) -> Selection | None:
-        """What cuts left of the patches of each image; None if the tower was not run."""
-        if self.cuts is None or len(self.cuts.patches) != len(images.visuals):
+    def inside(self, images: Images) -> Inside | None:
+        """What cuts left of the patches of each image; None for methods without."""
+        if self.cuts is None:
             return None
-        masks = [self.cuts.patches[i] for i in range(len(images.visuals))]
-        grids = [(m.shape[0], m.shape[1], m.shape[2]) for m in masks]
-        whole = pad_sequence([m.flatten() for m in masks], batch_first=True)
-        return Selection.of_mask(whole, [m.numel() for m in masks], images.parent, grids)
+        if self.masked is not None and (left := self.masked.left) is not None:
+            masks = by_image(left.patches, [v.rows for v in images.visuals])
+            return Inside(left.lengths, tuple(masks), images.parent)
+        count = len(images.visuals)
+        found = self.cuts.patches if len(self.cuts.patches) == count else {}
+        return Inside(
+            torch.tensor(self.cuts.lengths), tuple(found[i] for i in sorted(found)), images.parent
+        )
 
     def survivors(self, images: Images) -> Tensor | None:
         """Which LLM tokens are left of each image, `bool[G, N]`; None if the tower was not run."""
