@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import pkgutil
@@ -95,10 +96,10 @@ def _gpu() -> Finding:
 def _kernels() -> Finding:
     import vtc.kernels
 
-    names = [m.name for m in pkgutil.iter_modules(vtc.kernels.__path__)]
-    if not names:
-        return Finding("kernels", "-", "torch operations", "this version has no Triton kernels")
-    return Finding("kernels", "ok", "triton: " + ", ".join(names))
+    names = [m.name for m in pkgutil.iter_modules(vtc.kernels.__path__) if m.name[0] != "_"]
+    if importlib.util.find_spec("triton") is None:
+        return Finding("kernels", "-", "torch operations", "install triton to run them on a GPU")
+    return Finding("kernels", "ok", "triton, on CUDA: " + ", ".join(sorted(names)))
 
 
 def _families() -> list[Finding]:
