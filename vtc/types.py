@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vtc import ops
 from vtc.errors import OptionError, SignalError
 
 # the name of the signal that is a vector for each token
@@ -364,19 +365,10 @@ class Selection:
         out = x[group, slots.clamp_min(0)]
         if self.merge is not None:
             slot, token, weight = (part.to(x.device) for part in self.merge)
-            where, used = (group.expand_as(slot), slot), weight != 0
-            # `where`, not a product: a padding pair must not carry a NaN of token 0 into slot 0
-            terms = torch.where(
-                used.view(*used.shape, *over),
-                x[group, token].float() * weight.float().view(*weight.shape, *over),
-                0.0,
-            )
-            sums = torch.zeros(out.shape, dtype=torch.float32, device=x.device)
-            sums = sums.index_put(where, terms, accumulate=True)
-            members = torch.zeros(slots.shape, device=x.device)
-            members = members.index_put(where, used.float(), accumulate=True)
-            merged = (members > 0).view(*members.shape, *over)
-            out = torch.where(merged, sums.to(x.dtype), out)
+            sums = ops.group_merge(x, slot, token, weight, slots.shape[1])
+            members = torch.zeros(slots.shape, dtype=torch.bool, device=x.device)
+            members = members.index_put((group.expand_as(slot), slot), weight != 0, accumulate=True)
+            out = torch.where(members.view(*members.shape, *over), sums, out)
         return out.masked_fill((slots < 0).view(*slots.shape, *over), 0)
 
     def save(self, path: str | Path) -> None:
