@@ -50,7 +50,7 @@ class Aligned:
 
 
 def _misaligned(module: Any) -> bool:
-    parts = [getattr(module, name, None) for name in (*_INTO, _OUT)]
+    parts: list[Any] = [getattr(module, name, None) for name in (*_INTO, _OUT)]
     if not all(type(part) is nn.Linear for part in parts):
         return False
     weight = parts[0].weight

@@ -21,7 +21,7 @@ _COMPILATIONS = 64
 
 
 @functools.cache
-def _compiled(kind: type[nn.Module], whole: bool = True) -> Any:
+def _compiled(kind: Any, whole: bool = True) -> Any:
     """The forward of a class of modules, compiled anew for each shape and shared by its modules;
     `whole` refuses what cannot be compiled in one piece."""
     return torch.compile(kind.forward, fullgraph=whole, dynamic=False)
@@ -71,7 +71,8 @@ def compiled_layers(layers: Iterable[Any], cache: CountedCache | None) -> Iterat
 def _layer(layer: nn.Module, held: Any, hidden: Tensor, **kwargs: Any) -> Any:
     if held is not None:
         kwargs["past_key_values"] = _Slot(held.keys, held.values, held.place)
-    return _compiled(type(layer))(layer, hidden, **kwargs)
+    kind: Any = type(layer)
+    return _compiled(kind)(layer, hidden, **kwargs)
 
 
 @contextmanager
@@ -85,7 +86,8 @@ def compiled_blocks(encoder: Encoder) -> Iterator[None]:
                 broken = module is attention
                 if broken and not encoder.packed:
                     continue
-                forward = _compiled(type(module), not broken)
+                kind: Any = type(module)
+                forward = _compiled(kind, not broken)
                 found.append((module, functools.partial(forward, module)))
     with _forwards(found):
         yield

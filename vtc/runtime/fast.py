@@ -308,7 +308,7 @@ def _why_not_generate(config: Any, model_kwargs: Mapping[str, Any], mode: Any) -
         return "hidden states or attentions are wanted"
     from transformers import DynamicCache
 
-    cache = model_kwargs.get("past_key_values")
+    cache: Any = model_kwargs.get("past_key_values")
     if type(cache) is not DynamicCache or cache.get_seq_length():
         return "it goes on behind a cache of the caller's"
     return None

@@ -75,7 +75,8 @@ class FastPrefix:
         them."""
         if hidden.shape[1] == 1:
             return None
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache: Any = kwargs.get("past_key_values")
+        mask = kwargs.get("attention_mask")
         reason = _odd(kwargs, cache, mask)
         if reason is None:
             cos, sin = kwargs["position_embeddings"]

@@ -174,8 +174,12 @@ def _placed(selection: Selection, device: torch.device) -> Selection:
     """A selection on the device: what is known on the host follows from sizes."""
     if selection.keep.device == device:
         return selection
-    named = {name: getattr(selection, name) for name in ("keep", "valid", "positions")}
-    return replace(selection, **{name: constant(x, device) for name, x in named.items()})
+    return replace(
+        selection,
+        keep=constant(selection.keep, device),
+        valid=constant(selection.valid, device),
+        positions=constant(selection.slot_positions, device),
+    )
 
 
 def _standing(images: Images, packed: Tensor) -> Images:

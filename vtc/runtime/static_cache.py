@@ -15,7 +15,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 
-class CountedLayer(StaticLayer):
+class CountedLayer(StaticLayer):  # type: ignore[misc]
     """A static layer that counts on the host.
 
     Attributes:
@@ -65,7 +65,7 @@ class CountedLayer(StaticLayer):
         return self.filled
 
 
-class CountedCache(StaticCache):
+class CountedCache(StaticCache):  # type: ignore[misc]
     """A cache of one batch size and capacity, used by one generate after the other.
 
     Args:
@@ -83,7 +83,9 @@ class CountedCache(StaticCache):
         # keys, then values of all layers, once there are any: what is done to all is done at once
         self._memory: list[Tensor] = []
         count = len(self.layers)
-        self.layers = [CountedLayer(capacity, i, count, self._memory) for i in range(count)]
+        self.layers: list[Any] = [
+            CountedLayer(capacity, i, count, self._memory) for i in range(count)
+        ]
         self.start = torch.zeros((), dtype=torch.long, device=device)
 
     @staticmethod
