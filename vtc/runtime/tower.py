@@ -141,7 +141,7 @@ class Tower:
         with ExitStack() as stack:
             self.clear_cuts()
             if (cuts := self.masked if masked else self.cuts) is not None:
-                cuts.clock = self.clock
+                cuts.clock = None if masked else self.clock  # a graph is timed as a whole
                 for step in self.cutting(images, budget):
                     draws = any(s.name == "image_key" for s in step.method.needs)
                     keys = self.keys(images, inputs) if draws else None
