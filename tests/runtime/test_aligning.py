@@ -1,4 +1,4 @@
-"""Feed-forward networks on widened copies of their weights: the same numbers, nothing left behind."""
+"""Feed-forward networks on widened copies of their weights: the same numbers, nothing left over."""
 
 from __future__ import annotations
 

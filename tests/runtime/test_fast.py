@@ -289,7 +289,8 @@ def test_what_is_not_captured_runs_plain_and_says_why(case: str) -> None:
             with around(model):
                 got = model.generate(**inputs, **options)
         assert reason in handle.report().fast[part]
-        # and what can be captured is, in the next call
+        # and what can be captured is, in the next calls
+        generated(model, inputs)
         generated(model, inputs)
         assert set(handle.report().fast.values()) == {"eager"}
     assert torch.equal(getattr(got, "sequences", got), getattr(want, "sequences", want))
@@ -334,6 +335,7 @@ def test_modes_without_gradients_may_change_between_calls(first: Any) -> None:
 def test_moved_weights_are_captured_anew() -> None:
     model, inputs = llava()
     with vtc.patch(model, "vtc_cls", 6, fast="eager") as handle:
+        generated(model, inputs)
         generated(model, inputs)
         graphs = handle._session.fast.graphs  # type: ignore[union-attr]
         before = graphs.captures
@@ -391,3 +393,18 @@ def test_an_unknown_word_is_refused() -> None:
     with pytest.raises(OptionError, match="fast='quick' is unknown"):
         vtc.patch(model, "vtc_cls", 6, fast="quick")  # type: ignore[arg-type]
     assert not isinstance(vars(model).get("_vtc_handle"), Method)
+
+
+def test_sizes_that_never_come_again_leave_nothing() -> None:
+    model = build_model("qwen2_vl")
+    with vtc.patch(model, "vtc_cls", 0.5, fast="eager") as handle:
+        fast = handle._session.fast
+        assert fast is not None
+        fast.graphs.limit = 3
+        for i in range(12):
+            inputs = build_inputs("qwen2_vl", [[3, ("image", 8 * (1 + i), 16), 4]], seed=i)
+            generated(model, inputs)
+            assert "comes again" in handle.report().fast["encoder"]
+        tables = (fast.selection._made, fast.encoder._ran, fast.encoder._left)
+        assert all(len(table) <= 2 * fast.graphs.limit + 1 for table in tables)
+        assert len(fast.graphs) <= 3

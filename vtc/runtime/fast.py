@@ -109,7 +109,7 @@ class Fast:
         if reason is None:
             try:
                 encoded = self.encoder(images, inputs)
-                self.told["encoder"] = self.graphs.backend
+                self.told["encoder"] = self.graphs.said(self.encoder.key(images, inputs))
                 return encoded
             except CaptureError as error:
                 reason = str(error)
@@ -143,7 +143,7 @@ class Fast:
         clock.mark("encoded")
         try:
             done = self.selection(images, staged, encoded)
-            self.told["selection"] = self.graphs.backend
+            self.told["selection"] = self.graphs.said(staged.key)
         except CaptureError as error:
             done, self.told["selection"] = None, str(error)
         return encoded, done

@@ -115,7 +115,7 @@ class FastEncoder:
                     for attention in self.session.tower.encoder.attentions:
                         stack.enter_context(together(attention))
                 stack.enter_context(self.aligned.within(self.session.tower.encoder.blocks))
-                if self.compiles:
+                if self.compiles and self.graphs.capturing:
                     stack.enter_context(compiled_blocks(self.session.tower.encoder))
                 features, signals = adapter.encode(given), tower.read()
             cuts = tower.masked
@@ -126,9 +126,13 @@ class FastEncoder:
 
         ran = self._ran.setdefault(key, {})
         with torch.no_grad():
-            features, signals, left, flags = self.graphs.run(key, encode, [inputs[name]])
+            features, signals, left, flags = self.graphs.run(
+                key, encode, [inputs[name]], patient=True
+            )
         self.session.ran.update(ran)
         counts, messages = self._left[key]
+        self.graphs.forget(self._ran)
+        self.graphs.forget(self._left)
         for flag, message in zip(flags, messages, strict=True):
             self.session.checks.add(flag, message)
         tower.clear_cuts()

@@ -142,9 +142,11 @@ class FastSelection:
 
         signals = [encoded.signals[name] for name in names]
         signals += [] if encoded.survivors is None else [encoded.survivors]
-        tensors = self.graphs.run(staged.key, run, [*staged.given, encoded.features, *signals])
+        inputs = [*staged.given, encoded.features, *signals]
+        tensors = self.graphs.run(staged.key, run, inputs, patient=True)
         template, short, messages, ran = self._made[staged.key]
         self.session.ran.update(ran)
+        self.graphs.forget(self._made)
         flags = tensors[len(tensors) - len(messages) :]
         for flag, message in zip(flags, messages, strict=True):
             self.session.checks.add(flag, message)

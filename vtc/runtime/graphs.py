@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+_SEEN = 4096  # keys that are remembered without being held
+
 Backend = Literal["cuda", "eager"]
 Function = Callable[..., Any]
 
@@ -46,7 +48,7 @@ class Graphs:
     Args:
         device: where they run.
         backend: `"cuda"` captures; `"eager"` calls the function on the static buffers each time.
-        limit: how many are held.
+        limit: how many are held. All are dropped when they take an eighth of the device's memory.
     """
 
     def __init__(self, device: torch.device, backend: Backend, limit: int = 24) -> None:
@@ -54,11 +56,21 @@ class Graphs:
         self._held: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._failed: dict[Hashable, str] = {}
         self._pool: Any = None
+        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        # whether what runs now will be replayed
+        self.capturing = backend == "eager"
         self.captures, self.warm_runs = 0, 1
+        self.most = 2**63
+        if device.type == "cuda":
+            self.most = torch.cuda.get_device_properties(device).total_memory // 8
         self.bytes = 0
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def said(self, key: Hashable) -> str:
+        """How a call of this key was run last: the backend, or that it is new."""
+        return self.backend if key in self._held else "captured when its size comes again"
 
     def holds(self, key: Hashable) -> bool:
         """Whether a call is held."""
@@ -70,6 +82,12 @@ class Graphs:
         self._failed.clear()
         self._pool, self.bytes = None, 0
 
+    def forget(self, table: dict[Any, Any]) -> None:
+        """Drop what a table remembers of calls that are no longer held, once it is long."""
+        if len(table) > 2 * self.limit:
+            for key in [key for key in table if key not in self._held]:
+                del table[key]
+
     def drop(self, wanted: Callable[[Hashable], bool]) -> None:
         """Drop those whose key is wanted."""
         for key in [key for key in self._held if wanted(key)]:
@@ -80,19 +98,24 @@ class Graphs:
         key: Hashable,
         function: Function,
         inputs: list[Tensor],
+        patient: bool = False,
     ) -> Any:
-        """`function(*inputs)`; from its second call of this key on, replayed.
+        """`function(*inputs)`, captured and from then on replayed.
 
         Args:
             key: everything that decides what the function does, but the numbers in `inputs`.
             function: does the same when it is run again; must not look at numbers on the device.
             inputs: tensors, of the shapes and types that the key stands for; one shorter than its
                 buffer in the last dimension is padded with zeros.
+            patient: capture only what comes a second time: where pictures differ in size in every
+                call, captures would cost more than they save.
 
         Raises:
             CaptureError: it cannot be captured; nothing is held.
         """
         captured = self._held.get(key)
+        if captured is None and patient and key not in self._failed and not self._known(key):
+            return function(*inputs)
         if captured is None:
             captured = self._capture(key, function, inputs)
         else:
@@ -102,6 +125,14 @@ class Graphs:
         captured.replay()
         return captured.output()
 
+    def _known(self, key: Hashable) -> bool:
+        """Whether a key came before; from now on it has."""
+        known = key in self._seen
+        self._seen[key] = None
+        while len(self._seen) > _SEEN:
+            self._seen.popitem(last=False)
+        return known
+
     def _capture(
         self,
         key: Hashable,
@@ -110,6 +141,8 @@ class Graphs:
     ) -> _Captured:
         if (reason := self._failed.get(key)) is not None:
             raise CaptureError(reason)
+        if self.bytes > self.most:
+            self.clear()
         while len(self._held) >= self.limit:
             self._held.popitem(last=False)
         # what one call makes under inference_mode, another could not write to
@@ -119,11 +152,14 @@ class Graphs:
                 captured = _eager(function, buffers)
             else:
                 try:
+                    self.capturing = True
                     captured = self._on_cuda(function, buffers)
                 except RuntimeError as error:
                     reason = str(error).strip().split("\n")[0]
                     self._failed[key] = f"it cannot be captured: {reason}"
                     raise CaptureError(self._failed[key]) from error
+                finally:
+                    self.capturing = False
         self.captures += 1
         self._held[key] = captured
         return captured
