@@ -8,6 +8,7 @@ batch.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -159,22 +160,30 @@ def refusal(q: Tensor, k: Tensor, scale: float, valid: Tensor | None = None) -> 
     return refused(q, k, valid)
 
 
-def _tiles(q: Tensor, k: Tensor) -> Tiles:
+@functools.cache
+def _tiles(rows: int, size: int, low: bool) -> Tiles:
     """Tiles by shape and type; not by the batch, a row of which must not depend on the others."""
-    width, rows = width_of(q.shape[3]), min(64, max(16, triton.next_power_of_2(q.shape[2])))
-    if low_precision(q, k):
+    width, rows = width_of(size), min(64, max(16, triton.next_power_of_2(rows)))
+    if low:
         # one tile of keys is 8-16 KiB: small, so that 577 tokens make ten splits of each head
         return Tiles(rows, 64 if width <= 128 else 32, width, 4, 3, 64)
     # operands of float32 products are held in registers: 16 entries of each row at a time
     return Tiles(rows, 64, 16, 4, 2, 64)
 
 
+def _ceil(a: int, b: int) -> int:
+    # `triton.cdiv` takes microseconds
+    return -(-a // b)
+
+
 def _launch(q: Tensor, k: Tensor, scale: float, valid: Tensor | None, **other: int) -> Tensor:
     """`attention_rows` by other tiles."""
-    tiles = _tiles(q, k)._replace(**other)
-    (batch, heads, rows, size), n = q.shape, k.shape[2]
-    span = triton.cdiv(triton.cdiv(n, tiles.keys), _SPLITS) * tiles.keys
-    splits, width = triton.cdiv(n, span), 2 * _SPLITS + triton.cdiv(n, 16) * 16
+    (batch, heads, rows, size), n, low = q.shape, k.shape[2], low_precision(q, k)
+    tiles = _tiles(rows, size, low)
+    if other:
+        tiles = tiles._replace(**other)
+    span = _ceil(_ceil(n, tiles.keys), _SPLITS) * tiles.keys
+    splits, width = _ceil(n, span), 2 * _SPLITS + _ceil(n, 16) * 16
     at_once = min(_MAP // (batch * heads * width), _GRID)
     at_once = max(1, at_once // tiles.rows) * tiles.rows
     out = torch.empty(batch, rows, n, dtype=torch.float32, device=q.device)
@@ -186,17 +195,18 @@ def _launch(q: Tensor, k: Tensor, scale: float, valid: Tensor | None, **other: i
     q_b, q_h, q_n, k_b, k_h, k_n = (s // unit for s in strides)
     with torch.cuda.device_of(q):
         for first in range(0, rows, at_once):
-            part = q[:, :, first : first + at_once]
-            count = part.shape[2]
+            part, to, count = q, out, min(at_once, rows - first)
+            if count < rows:
+                part, to = q[:, :, first : first + count], out[:, first:]
             kept = torch.empty(batch, heads, count, width, dtype=torch.float32, device=q.device)
-            attention_rows_kernel[batch * heads, splits, triton.cdiv(count, tiles.rows)](
+            attention_rows_kernel[batch * heads, splits, _ceil(count, tiles.rows)](
                 part, k, valid, kept, scale * LOG2E, heads, count, n, span, width,
                 q_b, q_h, q_n, q.stride(3), k_b, k_h, k_n, k.stride(3),
-                SIZE=size, UNIT=unit, SPLITS=_SPLITS, LOW=low_precision(q, k), ROWS=tiles.rows,
+                SIZE=size, UNIT=unit, SPLITS=_SPLITS, LOW=low, ROWS=tiles.rows,
                 KEYS=tiles.keys, STEP=tiles.step, num_warps=tiles.warps, num_stages=tiles.stages,
             )  # fmt: skip
-            attention_rows_mean_kernel[batch, triton.cdiv(n, tiles.columns), count](
-                kept, out[:, first:], heads, n, splits, width, out.stride(0), SPLITS=_SPLITS,
-                HEADS=min(32, triton.next_power_of_2(heads)), COLUMNS=tiles.columns,
+            attention_rows_mean_kernel[batch, _ceil(n, tiles.columns), count](
+                kept, to, heads, n, splits, width, out.stride(0), SPLITS=_SPLITS,
+                HEADS=min(32, 1 << (heads - 1).bit_length()), COLUMNS=tiles.columns,
             )  # fmt: skip
     return out
