@@ -14,9 +14,16 @@ from vtc.dispatch import constant
 from vtc.errors import InputError, SignalError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.scorers import Scorer
-from vtc.scorers.flow import Flow, block_tokens, drop_amount, last_entry, layer_tokens
+from vtc.scorers.flow import (
+    Flow,
+    block_tokens,
+    flow_step,
+    last_entry,
+    layer_tokens,
+    units_left,
+)
 from vtc.selectors import Selector, TopK, mask_over
-from vtc.selectors.base import checked_scores
+from vtc.selectors.base import check_numbers
 from vtc.selectors.shares import even_shares, roomy_shares
 from vtc.sites import BlockView, Cut, Facts, LayerView
 from vtc.types import Budget, Signal, Tokens
@@ -136,12 +143,13 @@ class FlowCut(Method):
     def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
         """Add this block's score; cut where an even number of blocks remains."""
         attention, tokens = block_tokens(view)
-        scores, carry = self._added(view, tokens)
-        remaining = view.tap - 1 - view.block
-        if remaining % 2:
+        scores = self._added(view, tokens)
+        carry = {} if scores is None else {"score": scores}
+        if (view.tap - 1 - view.block) % 2:
             return Cut(None, carry)
         targets = self.targets(view, budget).to(view.valid.device)
-        left, counts = torch.stack(self._counts(view, attention, targets, remaining)).cpu()
+        after = self._left(view, attention, targets)
+        left, counts = torch.stack([view.valid.sum(-1), after]).cpu()
         keep = None if torch.equal(left, counts) else self._kept(tokens, scores, counts)
         return Cut(keep, carry)
 
@@ -155,27 +163,34 @@ class FlowCut(Method):
 
     def encoder_mask(self, view: BlockView, budget: Budget) -> Cut:
         """As `encoder_cut`, over units that are hidden instead of gone; reads nothing."""
-        attention, tokens = block_tokens(view)
-        if type(self.active_scorer) is not Flow:
-            tokens = replace(tokens, features=tokens.features * tokens.valid[..., None])
-        scores, carry = self._added(view, tokens)
         remaining = view.tap - 1 - view.block
-        if remaining % 2 or scores is None:
-            return Cut(None, carry)
-        if not remaining:  # what was not a number once is none now
-            checked_scores(self.active_selector.name, tokens, scores)
-        targets = constant(self.targets(view, budget), view.valid.device)
-        _, counts = self._counts(view, attention, targets, remaining)
-        return Cut(ops.topk_mask(scores, view.valid, counts), carry)
+        targets, before = None, view.carry.get("score")
+        if not remaining % 2:
+            targets = constant(self.targets(view, budget), view.valid.device)
+        if type(self.active_scorer) is Flow and view.has_cls and not self.batch_coupled:
+            query, key, value = view.query[:, :, :1], view.key, view.value
+            scores, keep = flow_step(
+                query, key, value, view.scale, view.valid, before, targets, remaining
+            )
+        else:
+            attention, tokens = block_tokens(view)
+            features = tokens.features.masked_fill(~tokens.valid[..., None], 0)
+            added = self._added(view, replace(tokens, features=features))
+            if added is None:
+                return Cut(None, {})
+            scores, keep = added, view.valid
+            if targets is not None:
+                keep = ops.topk_mask(scores, keep, self._left(view, attention, targets))
+        if not remaining:  # what was not a number in any block is none now
+            check_numbers(self.active_selector.name, scores, view.valid)
+        return Cut(None if targets is None else keep, {"score": scores})
 
-    def _added(self, view: BlockView, tokens: Tokens) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The cumulative score, None for a selector that looks at none, and what is handed on."""
+    def _added(self, view: BlockView, tokens: Tokens) -> Tensor | None:
+        """The cumulative score; None for a selector that looks at none."""
         scores = self._scores(tokens)
-        if scores is None:
-            return None, {}
-        if "score" in view.carry:
+        if scores is not None and "score" in view.carry:
             scores = 0.5 * view.carry["score"] + 0.5 * scores
-        return scores, {"score": scores}
+        return scores
 
     def _scores(self, tokens: Tokens) -> Tensor | None:
         """Scores `[G, N]`, 0 on padding; None for a selector that looks at none."""
@@ -188,18 +203,10 @@ class FlowCut(Method):
         """What the selector chooses, `bool[G, N]`."""
         return mask_over(self.active_selector(tokens, scores, counts), tokens.valid)
 
-    def _counts(
-        self, view: BlockView, attention: Tensor, targets: Tensor, remaining: int
-    ) -> tuple[Tensor, Tensor]:
-        """Units of each row before and after the cut, `int64[R]` each."""
-        units = view.valid.sum(-1)
-        if remaining:
-            amount = drop_amount(attention, units * view.patches, targets * view.patches, remaining)
-            amount = torch.where(units > targets, amount / view.patches, 0).round().long()
-            if self.batch_coupled:
-                amount = amount.amax().expand_as(amount)
-            targets = torch.maximum(units - amount, targets)
-        return units, torch.minimum(units, targets)
+    def _left(self, view: BlockView, attention: Tensor, targets: Tensor) -> Tensor:
+        """Units of each row after the cut, `int64[R]`."""
+        units, remaining = view.valid.sum(-1), view.tap - 1 - view.block
+        return units_left(attention, units, targets, remaining, view.patches, self.batch_coupled)
 
     def targets(self, view: BlockView, budget: Budget) -> Tensor:
         """Units of each row that leave the encoder, `int64[R]` on the CPU."""

@@ -60,7 +60,8 @@ class MaskedLayout(RowLayout):
     """Rows of which every unit keeps its place; `valid` says which are hidden."""
 
     def __init__(self, *given: Any) -> None:
-        self._hides, self._bias = False, dict[torch.dtype, Tensor]()
+        self._hides, self._stale = False, False
+        self._bias: Tensor | None = None
         super().__init__(*given)
 
     def _put(self, known: Tensor) -> Tensor:
@@ -100,20 +101,22 @@ class MaskedLayout(RowLayout):
         if self._reach is not None:
             # padding of a canvas stays until the first unit of any row goes
             keep = torch.where((keep != self.reaching).any(), keep, self.valid)
-        self.valid, self._hides = keep, True
-        self._bias.clear()
+        self.valid, self._hides, self._stale = keep, True, True
 
     def mask(self, query: Tensor) -> Tensor | None:
         """Additive, from the first decision on."""
         if not self._hides:
             return None
-        if query.dtype not in self._bias:
+        if self._bias is None:
+            wide = -(-(self.first + self.total) // _ALIGNED) * _ALIGNED
+            self._bias = query.new_zeros(len(query), 1, 1, wide)
+        bias = self._bias[..., : self.first + self.total]
+        if self._stale:
+            # what is hidden once stays so: in place, behind the blocks that read it before
             hidden = self._by_patch(~self.valid)[:, None, None]
-            width = self.first + self.total
-            bias = query.new_zeros(len(hidden), 1, 1, -(-width // _ALIGNED) * _ALIGNED)
-            bias[..., self.first : width].masked_fill_(hidden, torch.finfo(bias.dtype).min)
-            self._bias[query.dtype] = bias[..., :width]
-        return self._bias[query.dtype]
+            bias[..., self.first :].masked_fill_(hidden, torch.finfo(bias.dtype).min)
+            self._stale = False
+        return bias
 
     def _by_patch(self, units: Tensor) -> Tensor:
         return units if self.m == 1 else units.repeat_interleave(self.m, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.dispatch import accelerated
 from vtc.scorers.base import Scorer
 from vtc.sites import BlockView, LayerView
 from vtc.types import Signal, Tokens
@@ -43,6 +44,67 @@ def drop_amount(p: Tensor, n: Tensor, target: Tensor, remaining: int) -> Tensor:
     entropy = -torch.xlogy(p, p).sum(-1)
     spread = entropy / n.clamp_min(2).log()
     return (n - target) / math.sqrt(remaining) * (1 - spread**2)
+
+
+def units_left(
+    p: Tensor, units: Tensor, targets: Tensor, remaining: int, patches: int, coupled: bool = False
+) -> Tensor:
+    """How many units of each row go on: n − P, P rounded half to even, at least T; T if it is the
+    last cut.
+
+    Args:
+        p: `[R, U·m]`, attention to each patch, a distribution; 0 on padding.
+        units: `int64[R]`, n, units there are.
+        targets: `int64[R]`, T, units wanted in the end.
+        remaining: rpl, blocks until the last cut.
+        patches: m, patches per unit.
+        coupled: whether P is the largest of all rows.
+    """
+    if remaining:
+        amount = drop_amount(p, units * patches, targets * patches, remaining)
+        amount = torch.where(units > targets, amount / patches, 0).round().long()
+        if coupled:
+            amount = amount.amax().expand_as(amount)
+        targets = torch.maximum(units - amount, targets)
+    return torch.minimum(units, targets)
+
+
+@accelerated
+def flow_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    valid: Tensor,
+    before: Tensor | None,
+    targets: Tensor | None,
+    remaining: int,
+) -> tuple[Tensor, Tensor]:
+    """What one encoder block with a [CLS] adds to FlowCut's score, and which units go on.
+
+    Args:
+        query: `[R, H, 1, d]`, that of [CLS].
+        key: `[R, H, 1 + U·m, d]`, that of [CLS] first; patches of a unit stand together.
+        value: likewise.
+        scale: what q·k is multiplied by.
+        valid: `bool[R, U]`, the units that are left.
+        before: `float32[R, U]`, the score so far; None: this block is the first.
+        targets: `int64[R]` on the device, T; None: no cut after this block.
+        remaining: rpl, blocks until the last cut.
+
+    Returns:
+        the score `float32[R, U]`, 0 where not valid, and `bool[R, U]`: of `valid`, what goes on.
+    """
+    patches = (key.shape[2] - 1) // max(valid.shape[1], 1)
+    there = valid.repeat_interleave(patches, 1)
+    _, p, score = _by_cls(query, key, value, scale, there)
+    score = _by_unit(score, there, patches)
+    if before is not None:
+        score = (0.5 * before + 0.5 * score).masked_fill(~valid, 0)
+    if targets is None:
+        return score, valid
+    counts = units_left(p, valid.sum(-1), targets, remaining, patches)
+    return score, ops.topk_mask(score, valid, counts)
 
 
 @dataclass(frozen=True)
@@ -80,27 +142,17 @@ def block_tokens(view: BlockView) -> tuple[Tensor, Tokens]:
     patches = view.valid.repeat_interleave(view.patches, 1)
     value = view.value[:, :, int(view.has_cls) :]
     if view.has_cls:
-        there = torch.cat([patches.new_ones(len(patches), 1), patches], 1)
-        row, g = (
-            ops.attention_rows(q[:, :, :1], k, scale, there)[:, 0, 1:]
-            for q, k, scale in (
-                (view.query, view.key, view.scale),
-                (view.value, view.value, 1.0),
-            )
-        )
-        p, score = _shares(row), flow_score(row, g, _size(value))
+        row, p, score = _by_cls(view.query[:, :, :1], view.key, view.value, view.scale, patches)
     else:
         row = p = ops.mean_query_row(view.query, view.key, view.scale, patches)
         score = p * _size(value)
-
-    def by_unit(x: Tensor) -> Tensor:
-        return x.masked_fill(~patches, 0).view(*view.valid.shape, view.patches).mean(-1)
 
     # values of one patch are one row, heads side by side
     features = value.transpose(1, 2).flatten(2)
     if view.patches > 1:
         features = features.unflatten(1, (view.valid.shape[1], view.patches)).mean(2)
-    signals = {"flow": by_unit(score), "cls_row": by_unit(row)[:, None]}
+    flow, rows = (_by_unit(x, patches, view.patches) for x in (score, row))
+    signals = {"flow": flow, "cls_row": rows[:, None]}
     if view.image_key is not None:
         signals["image_key"] = view.image_key
     tokens = Tokens(
@@ -149,6 +201,22 @@ def last_entry(view: LayerView) -> Tensor:
     """The last real entry of each row, `int64[B]`."""
     place = torch.arange(view.mask.shape[1], device=view.mask.device)
     return (place * view.mask).amax(-1)
+
+
+def _by_cls(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, patches: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of [CLS] `[R, N]`, the same as a distribution, and S."""
+    there = torch.cat([patches.new_ones(len(patches), 1), patches], 1)
+    row = ops.attention_rows(query, key, scale, there)[:, 0, 1:]
+    g = ops.attention_rows(value[:, :, :1], value, 1.0, there)[:, 0, 1:]
+    return row, _shares(row), flow_score(row, g, _size(value[:, :, 1:]))
+
+
+def _by_unit(x: Tensor, patches: Tensor, m: int) -> Tensor:
+    """Numbers of patches `[R, U·m]` as means over units `[R, U]`, 0 on padding."""
+    x = x.masked_fill(~patches, 0)
+    return x if m == 1 else x.unflatten(1, (-1, m)).mean(-1)
 
 
 def _shares(x: Tensor) -> Tensor:

@@ -49,12 +49,18 @@ def checked_scores(name: str, tokens: Tokens, scores: Tensor | None) -> Tensor:
             f"{name} got scores of shape {got}, expected {tuple(tokens.valid.shape)}: "
             f"return one score per token from the scorer"
         )
+    check_numbers(name, scores, tokens.valid)
+    return scores
+
+
+def check_numbers(name: str, scores: Tensor, valid: Tensor) -> None:
+    """Raise `VtcError`, once nothing waits for the answer, where scores of selector `name` are
+    NaN."""
     require_none(
-        scores.isnan() & tokens.valid,
+        scores.isnan() & valid,
         f"{name} got NaN scores, expected numbers: a scorer divides by zero or the "
         "model produced NaN features",
     )
-    return scores
 
 
 def selection_of(
