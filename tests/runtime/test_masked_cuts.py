@@ -226,7 +226,9 @@ def test_behind_it_other_stages_choose() -> None:
     with vtc.patch(model, method, fast="eager") as fast:
         for _ in range(2):
             assert torch.equal(generated(model, inputs), want)
-    assert fast.report().fast["encoder"] == "eager"
+    said = fast.report().fast
+    assert said["encoder"] == said["prefill"] == "eager"
+    assert "what cuts inside the encoder left" in said["selection"]
     for mine, theirs in zip(fast.selections, plain.selections, strict=True):
         assert torch.equal(mine.mask(), theirs.mask())
 

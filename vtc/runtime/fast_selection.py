@@ -71,6 +71,9 @@ class FastSelection:
             return "the method needs more than the encoder gives"
         if session.tower.signals.draws:
             return "the method draws numbers on the host"
+        steps = session.method.steps(session.budget)
+        if session.tower.cuts is not None and any(s.method.site == "llm_input" for s in steps):
+            return "a stage chooses among what cuts inside the encoder left"
         return None
 
     def stage(
