@@ -276,9 +276,9 @@ class ForwardSeam:
                 return None
             if pending.short is not None:
                 self.session.note(pending.images, pending.selection, pending.clock)
+                pending.clock.mark("selected")
                 self.session.expect_layers(pending.images, pending.short)
                 self.session.hide_gaps()
-                pending.clock.mark("selected")
                 return None
             short = self._compressed(pending, kwargs)
             return None if short is None else (args, {**kwargs, **short})
@@ -313,10 +313,10 @@ class ForwardSeam:
         short = self.session.shorten(
             pending.images, selection, full_of(kwargs), mask, positions, pending.small
         )
+        pending.clock.mark("selected")
         self.session.expect_layers(pending.images, short)
         self.session.hide_gaps()
         pending.short = short
-        pending.clock.mark("selected")
         return {**_inputs(short), **short.deepstack()}
 
     def _after_language(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -85,15 +85,6 @@ def placed_of(images: Images, short: Short) -> Placed:
     columns = pad_sequence(list(column[order].split(counts)), batch_first=True)
     index = pad_sequence(list(token[order].split(counts)), batch_first=True)
     lengths = torch.tensor(counts, device=device)
-    newlines = []
-    for line in placed.newlines:
-        at = (
-            (compaction.columns[line[0]] == line[1])
-            & compaction.valid[line[0]]
-            & (group[line[0]] < 0)
-        )
-        if bool(at.any()):
-            newlines.append(torch.cat([line[:1], at.int().argmax()[None], line[2:]]))
     return Placed(
         columns=columns,
         valid=torch.arange(columns.shape[1], device=device) < lengths[:, None],
@@ -101,8 +92,20 @@ def placed_of(images: Images, short: Short) -> Placed:
         parent=images.parent.to(device),
         tokens=images.lengths,
         visual=short.visual,
-        newlines=torch.stack(newlines) if newlines else placed.newlines[:0],
+        newlines=_newlines(placed, compaction),
     )
+
+
+def _newlines(placed: Images, compaction: Compaction) -> Tensor:
+    """The newline tokens that are left, as in `Images`, at their columns in the short sequence."""
+    lines = placed.newlines
+    if not len(lines):
+        return lines
+    rows = lines[:, 0]
+    text = compaction.valid[rows] & (compaction.group[rows] < 0)  # [M, L]
+    found = text & (compaction.columns[rows] == lines[:, 1:2])
+    there = torch.cat([lines[:, :1], found.int().argmax(-1, keepdim=True), lines[:, 2:]], 1)
+    return there[found.any(-1)]
 
 
 def cells_of(images: Images, placed: Placed) -> Tensor:
