@@ -134,10 +134,10 @@ BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         errors.OptionError,
         "positions=array(['keep', 'keep'], dtype='<U4') is unknown",
     ),
-    "fast path": (
-        {"method": "vtc_cls", "keep": 0.5, "fast": True},
+    "unknown fast path": (
+        {"method": "vtc_cls", "keep": 0.5, "fast": "very"},
         errors.OptionError,
-        "no fast path",
+        "fast='very' is unknown",
     ),
     "unknown kernels": (
         {"method": "vtc_cls", "keep": 0.5, "kernels": "cuda"},

@@ -45,8 +45,9 @@ class Report:
         ffn_skipped: decoder layers in which they skip the feed-forward network.
         kv_lengths: entries of each decoder layer's cache after the prefill.
         encoder_ms: vision tower, projector and probes.
-        selector_ms: scores, choice and compaction, those of cuts inside the encoder too. Of cuts
-            between decoder layers, only what comes before the LLM.
+        selector_ms: scores, choice and compaction, those of cuts inside the encoder too (but where
+            the encoder is captured: there they count as its own). Of cuts between decoder layers,
+            only what comes before the LLM.
         ttft_ms: from the call to the first token's logits; of a direct forward, to its last hidden
             states.
         tpot_ms: per later token.
