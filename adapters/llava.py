@@ -22,6 +22,7 @@ from vtc.adapters.base import (
 )
 from vtc.dispatch import constant
 from vtc.errors import InputError, UnsupportedModeError, UnsupportedModelError
+from vtc.runtime.attributes import replaced
 
 _LAYOUTS = 256  # of sizes, that are remembered
 _TOWERS_WITH_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
@@ -224,18 +225,18 @@ class LlavaNextAdapter(LlavaAdapter):
     def encode(self, inputs: Mapping[str, Any]) -> Tensor:
         """Laid out by what the stock packing does to numbers of units: it copies lengths to the
         device in between, which waits for it."""
-        parts = vars(self.model.model)
-        parts["pack_image_features"] = lambda features, *args, **kwargs: (list(features), None)
-        try:
+
+        def unpacked(features: Any, *args: Any, **kwargs: Any) -> Any:
+            return list(features), None
+
+        with replaced(self.model.model, "pack_image_features", unpacked):
             crops = self.projected(inputs)
-        finally:
-            del parts["pack_image_features"]
         return torch.cat([self._laid_out(units, inputs, i) for i, units in enumerate(crops)])
 
     def _laid_out(self, units: Tensor, inputs: Mapping[str, Any], which: int) -> Tensor:
         """`[R, U, D]` of an image in the order of its placeholders."""
         rows, count, _ = units.shape
-        numbers = torch.arange(float(rows * count)).view(rows, count, 1)
+        numbers = torch.arange(rows * count, dtype=torch.float32).view(rows, count, 1)
         order = self._packed(numbers, inputs, which)[:, 0]  # NaN: a newline
         found = units.flatten(0, 1)[constant(order.nan_to_num(0).long(), units.device)]
         ends = constant(order.isnan(), units.device)[:, None]

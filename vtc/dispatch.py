@@ -26,6 +26,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _mode: ContextVar[str] = ContextVar("vtc_kernels", default="auto")
+_held: ContextVar[list[Tensor] | None] = ContextVar("vtc_constants", default=None)
 _ran: ContextVar[dict[str, str] | None] = ContextVar("vtc_kernels_ran", default=None)
 
 
@@ -120,9 +121,26 @@ def constant(values: Tensor | tuple[int, ...], device: torch.device) -> Tensor:
 
     A copy waits for all that the device was told before, and cannot be captured in a CUDA graph.
     """
-    given = torch.tensor(values, dtype=torch.long) if isinstance(values, tuple) else values.cpu()
-    dtype = str(given.dtype).removeprefix("torch.")
-    return _constant(given.contiguous().numpy().tobytes(), dtype, tuple(given.shape), device)
+    # what one call makes under inference_mode, another could not save for a backward pass
+    with torch.inference_mode(False):
+        given = torch.tensor(values) if isinstance(values, tuple) else values.detach().cpu().clone()
+        given = given.long() if isinstance(values, tuple) else given.contiguous()
+        dtype = str(given.dtype).removeprefix("torch.")
+        found = _constant(given.numpy().tobytes(), dtype, tuple(given.shape), device)
+    if (held := _held.get()) is not None:
+        held.append(found)
+    return found
+
+
+@contextmanager
+def holding(constants: list[Tensor]) -> Iterator[None]:
+    """Within it, all that `constant` gives is held by `constants` too: what is captured reads them
+    for as long as it is replayed."""
+    before = _held.set(constants)
+    try:
+        yield
+    finally:
+        _held.reset(before)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -26,10 +26,23 @@ class Aligned:
 
     def __init__(self) -> None:
         self._copies: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {}
+        # what was copied, and how often it had been written to
+        self._sources: list[tuple[nn.Parameter, int]] = []
 
     def clear(self) -> None:
         """Forget the copies."""
         self._copies.clear()
+        self._sources.clear()
+
+    @property
+    def stale(self) -> bool:
+        """Whether weights were written to since they were copied. Nobody knows of `.data`."""
+        return any(weight._version != version for weight, version in self._sources)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the copies."""
+        return sum(wide.nbytes for copies in self._copies.values() for *_, wide in copies)
 
     @contextmanager
     def within(self, blocks: tuple[nn.Module, ...]) -> Iterator[None]:
@@ -41,6 +54,7 @@ class Aligned:
                         continue
                     if module not in self._copies:
                         self._copies[module] = _widened(module)
+                        self._sources += [(w, w._version) for w in module.parameters()]
                     for linear, name, wide in self._copies[module]:
                         stack.callback(
                             linear._parameters.__setitem__, name, linear._parameters[name]

@@ -52,6 +52,7 @@ def encode(
     where the stock model has to encode."""
     if session.fast is None:
         return None
+    session.check_window(mask.shape[1])
     found = session.fast.compress(images, inputs, mask, position_ids, clock)
     if found is None:
         return None

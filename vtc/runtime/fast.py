@@ -11,9 +11,10 @@ from torch import Tensor
 
 from vtc.checks import deferred
 from vtc.errors import OptionError
+from vtc.runtime.attributes import replaced
 from vtc.runtime.cache import remember, remembered
 from vtc.runtime.graphs import Backend, CaptureError, Graphs
-from vtc.runtime.watch import Watch, hooked
+from vtc.runtime.watch import Watch, attached, wrapped
 from vtc.types import Selection
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class Fast:
     @property
     def held_bytes(self) -> int:
         """Memory of what is captured and of its caches; once closed, what it was."""
-        return self._closed or self.graphs.bytes + self.llm.held_bytes
+        now = self.graphs.bytes + self.llm.held_bytes + self.encoder.aligned.held_bytes
+        return self._closed or now
 
     def close(self) -> None:
         """Drop all that is captured, for good."""
@@ -207,17 +209,17 @@ class Fast:
                 self.llm.refused = reason or "it runs on ids"
             return out
 
-        model._prepare_cache_for_generation = prepare
-        try:
-            with self._serving(), deferred(self.session.checks):
-                yield
-        finally:
-            del model._prepare_cache_for_generation
+        with (
+            replaced(model, "_prepare_cache_for_generation", prepare),
+            self._serving(generates=True),
+            deferred(self.session.checks),
+        ):
+            yield
 
     @contextmanager
-    def _serving(self) -> Iterator[None]:
+    def _serving(self, generates: bool) -> Iterator[None]:
         try:
-            with self.llm.serving():
+            with self.llm.serving(generates):
                 yield
         finally:
             self.told |= self.llm.told
@@ -226,7 +228,7 @@ class Fast:
     def forwarding(self) -> Iterator[None]:
         """Within it, the language model's runs are captured where they can be."""
         if self._llm_blocked is None:
-            with self._serving():
+            with self._serving(generates=False):
                 yield
         elif self._first:
             with self.prefix.serving(self._first):
@@ -261,14 +263,26 @@ class Fast:
             return "gradients may be wanted; run it under torch.no_grad()"
         if torch.is_autocast_enabled(device.type):
             return "autocast is on; load the model in the dtype wanted"
-        if self._watched is None or any(watch.changed for watch in self._watched.values()):
+        if (
+            self._watched is None
+            or self.encoder.aligned.stale
+            or any(watch.changed for watch in self._watched.values())
+        ):
             self.clear()
-            adapter = self.session.adapter
-            self._watched = {
-                "llm": Watch(adapter.language_model, adapter.language_model.layers),
-                "tower": Watch(adapter.tower, self.session.tower.encoder.blocks),
-            }
+            self._watched = self._watch()
         return None
+
+    def _watch(self) -> dict[str, Watch]:
+        """The language model, and everything else that is captured. Hooks of the language model
+        itself are run around a replay, those of the base model around all."""
+        adapter = self.session.adapter
+        model: Any = adapter.language_model
+        inside = set(model.modules())
+        outside = [m for m in adapter.base.modules() if m not in inside and m is not adapter.base]
+        return {
+            "llm": Watch(inside - {model}, model.layers),
+            "tower": Watch(outside, self.session.tower.encoder.blocks),
+        }
 
     def _before_cuts(self) -> int:
         """How many decoder layers run before the method first decides between them, where they are
@@ -279,8 +293,11 @@ class Fast:
         if self.llm.refusal() or layers.first_seen < 2:
             return 0
         model: Any = adapter.language_model
-        modules = (m for layer in model.layers[: layers.first_seen] for m in layer.modules())
-        return 0 if any(map(hooked, modules)) else layers.first_seen
+        # the method's own hooks are on the layers behind
+        later = {m for layer in model.layers[layers.first_seen :] for m in layer.modules()}
+        earlier = (m for m in model.modules() if m is not model and m not in later)
+        foreign = attached(earlier) or next(filter(None, map(wrapped, later)), None)
+        return 0 if foreign else layers.first_seen
 
     def _attached(self, part: str) -> str | None:
         return None if self._watched is None else self._watched[part].refusal()

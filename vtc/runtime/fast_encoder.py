@@ -86,7 +86,7 @@ class FastEncoder:
             for key, value in sorted(host.items())
         )
         kind = implementation(self.session.tower.encoder.attentions[0])
-        keep = self.session.budget.keep if self.session.tower.cuts is not None else None
+        keep = repr(self.session.budget.keep) if self.session.tower.cuts is not None else None
         return ("encoder", tuple(pixels.shape), pixels.dtype, sizes, images.lengths, kind, keep)
 
     def _parts(self, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

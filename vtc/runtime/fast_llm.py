@@ -78,7 +78,8 @@ class _Inputs:
             (other.embeds, other.mask, other.positions),
             strict=True,
         )
-        return torch.stack([(a != b).any() for a, b in parts]).any()
+        # what is not a number in both is the same
+        return torch.stack([((a != b) & ((a == a) | (b == b))).any() for a, b in parts]).any()
 
 
 class FastLanguageModel:
@@ -159,12 +160,17 @@ class FastLanguageModel:
         self._ahead = cache, inputs, hidden
 
     @contextmanager
-    def serving(self) -> Iterator[None]:
-        """Within it, this thread's runs of the language model are captured where they can be."""
+    def serving(self, generates: bool) -> Iterator[None]:
+        """Within it, this thread's runs of the language model are captured where they can be.
+
+        A generate has its cache: runs without one within it are somebody else's (guidance, a
+        logits processor) and are left alone.
+        """
         stock, owner = self.model.forward, threading.get_ident()
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != owner or args:
+            foreign = generates and kwargs.get("past_key_values") is None
+            if threading.get_ident() != owner or args or foreign:
                 return stock(*args, **kwargs)
             return self._forward(stock, kwargs)
 
@@ -222,6 +228,11 @@ class FastLanguageModel:
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return "its attention mask was prepared before"
+        config = self.model.config
+        if config.output_hidden_states or config.output_attentions:
+            return "hidden states or attentions are wanted by the config"
+        if not kwargs.get("return_dict", config.return_dict):
+            return "a tuple is wanted"
         for name, value in kwargs.items():
             if name not in _KNOWN and value is not None and value is not False:
                 return f"it is given {name}"

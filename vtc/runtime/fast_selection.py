@@ -109,7 +109,7 @@ class FastSelection:
             tuple((tuple(x.shape), x.dtype) for x in padded),
             rows,
             len(packed),
-            session.budget.keep,
+            repr(session.budget.keep),  # 1 token is not all of them
             session.policy,
         )
         return Staged(key, [*padded, packed], padding)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vtc import dispatch
 from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError
+from vtc.runtime.attributes import replaced
 from vtc.runtime.cache import CacheState, filled, remember, remembered
 from vtc.runtime.clock import Clock
 from vtc.runtime.encoding import encode, stock_inputs
@@ -77,6 +78,7 @@ class GenerateSeam:
             mask = _attention_mask(kwargs, config)
             with self.forward.suspended():
                 turn = Turn(kwargs, mask, self._positions(kwargs, mask), mask)
+                _ = turn.unpadded  # read before the device has work
                 return self._short(images, turn, kwargs, clock, config)
 
     def _whole(self, kwargs: Mapping[str, Any], config: _Config) -> CacheState | None:
@@ -105,12 +107,13 @@ class GenerateSeam:
                 "assisted decoding was asked for behind a cache with a compressed prompt, expected "
                 "plain decoding: pass the whole conversation without past_key_values"
             )
+        session.begin()
         clock = session.clock(kwargs)
         turn = next_turn(session, state, kwargs, _attention_mask(kwargs, config))
         with self.forward.suspended():
             if turn.images is not None:
                 return self._short(turn.images, turn, kwargs, clock, config)
-            with _processors_see(session.adapter.model, kwargs["input_ids"], turn.whole_mask):
+            with _processors_see(session.adapter.model, kwargs["input_ids"], turn):
                 given = _shortened(session, kwargs, turn.continued(None, session), config)
                 return self._run(given, turn.state(None), used=False)
 
@@ -143,6 +146,7 @@ class GenerateSeam:
         session.note(images, selection, clock)
         left_alone = selection.is_identity and not session.acts_later and turn.past is None
         if left_alone and (pixels or not session.pads):
+            session.checks.settle()
             return self._run(kwargs, turn.state(None))
         if pixels:
             full = session.embedded_only(inputs["input_ids"])
@@ -163,7 +167,7 @@ class GenerateSeam:
         """The stock generate on a short prompt."""
         session, model = self.session, self.session.adapter.model
         clock.mark("selected")
-        with _processors_see(model, kwargs["input_ids"], turn.whole_mask), session.deepstack(short):
+        with _processors_see(model, kwargs["input_ids"], turn), session.deepstack(short):
             session.expect_layers(images, short)
             given = _shortened(session, kwargs, turn.continued(short, session), config)
             with self._captured(turn, given, config):
@@ -382,21 +386,17 @@ def _shortened(
 
 
 @contextmanager
-def _processors_see(model: Any, ids: Tensor, mask: Tensor) -> Iterator[None]:
+def _processors_see(model: Any, ids: Tensor, turn: Turn) -> Iterator[None]:
     """Logits processors get the full prompt and its mask: stock penalties look at both."""
-    stock = model._get_logits_processor
+    stock, mask = model._get_logits_processor, turn.whole_mask
 
     def with_full_prompt(
         *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
         seen = dict(model_kwargs or {})
         rows = len(seen["inputs_embeds"]) // len(mask)
-        whole = bool((mask == 1).all())
-        seen["attention_mask"] = None if whole else mask.repeat_interleave(rows, 0)
+        seen["attention_mask"] = None if turn.unpadded else mask.repeat_interleave(rows, 0)
         return stock(*args, **{**kwargs, "encoder_input_ids": ids, "model_kwargs": seen})
 
-    vars(model)["_get_logits_processor"] = with_full_prompt
-    try:
+    with replaced(model, "_get_logits_processor", with_full_prompt):
         yield
-    finally:
-        del vars(model)["_get_logits_processor"]

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-_SEEN = 4096  # keys that are remembered without being held
+from vtc.dispatch import holding
+
+_FAILED = 1024  # keys of which it is remembered why they cannot be captured
 
 Backend = Literal["cuda", "eager"]
 Function = Callable[..., Any]
@@ -29,12 +31,14 @@ class _Captured:
         inputs: static buffers that arguments are copied into.
         replay: runs it on them.
         leaves: the tensors and other leaves it left, of the tree `structure`.
+        constants: what it reads besides: a graph holds nothing that is not of its own memory.
     """
 
     inputs: list[Tensor]
     replay: Callable[[], None]
     leaves: list[Any]
     structure: Any
+    constants: list[Tensor] = field(default_factory=list)
 
     def output(self) -> Any:
         """What it left, copied: another replay may write where it stands."""
@@ -51,7 +55,7 @@ class Graphs:
         limit: how many are held. All are dropped when they take an eighth of the device's memory.
     """
 
-    def __init__(self, device: torch.device, backend: Backend, limit: int = 24) -> None:
+    def __init__(self, device: torch.device, backend: Backend, limit: int = 32) -> None:
         self.device, self.backend, self.limit = device, backend, limit
         self._held: OrderedDict[Hashable, _Captured] = OrderedDict()
         self._failed: dict[Hashable, str] = {}
@@ -129,7 +133,9 @@ class Graphs:
         """Whether a key came before; from now on it has."""
         known = key in self._seen
         self._seen[key] = None
-        while len(self._seen) > _SEEN:
+        self._seen.move_to_end(key)
+        # what comes again only after so many others would be dropped before it is of use
+        while len(self._seen) > 3 * self.limit // 4:
             self._seen.popitem(last=False)
         return known
 
@@ -146,7 +152,8 @@ class Graphs:
         while len(self._held) >= self.limit:
             self._held.popitem(last=False)
         # what one call makes under inference_mode, another could not write to
-        with torch.inference_mode(False), torch.no_grad():
+        constants: list[Tensor] = []
+        with torch.inference_mode(False), torch.no_grad(), holding(constants):
             buffers = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
             if self.backend == "eager":
                 captured = _eager(function, buffers)
@@ -154,12 +161,17 @@ class Graphs:
                 try:
                     self.capturing = True
                     captured = self._on_cuda(function, buffers)
+                except torch.OutOfMemoryError as error:  # there may be more the next time
+                    raise CaptureError("there is no memory to capture it") from error
                 except RuntimeError as error:
                     reason = str(error).strip().split("\n")[0]
+                    if len(self._failed) >= _FAILED:
+                        self._failed.clear()
                     self._failed[key] = f"it cannot be captured: {reason}"
                     raise CaptureError(self._failed[key]) from error
                 finally:
                     self.capturing = False
+        captured.constants = constants
         self.captures += 1
         self._held[key] = captured
         return captured

@@ -75,7 +75,9 @@ class Images:
         """The same on a device, copied there once."""
         if device not in self._moved:
             names = ("rows", "columns", "valid", "newlines", "places")
-            moved = {name: getattr(self, name).to(device) for name in names}
+            # what one call makes under inference_mode, another could not save for a backward pass
+            with torch.inference_mode(False):
+                moved = {name: getattr(self, name).to(device) for name in names}
             self._moved[device] = replace(self, **moved)
         return self._moved[device]
 
@@ -118,6 +120,13 @@ def _found(
     image: bytes, video: bytes | None, shape: tuple[int, ...], visuals: tuple[Visual, ...]
 ) -> Images:
     """Images and videos of this layout; prompts of the same layout share it."""
+    with torch.inference_mode(False):
+        return _new_images(image, video, shape, visuals)
+
+
+def _new_images(
+    image: bytes, video: bytes | None, shape: tuple[int, ...], visuals: tuple[Visual, ...]
+) -> Images:
     pictures = [v for v in visuals if not v.video]
     clips = [v for v in visuals if v.video]
     parts = _places(_places_of(image, shape), pictures, "image")

@@ -116,7 +116,7 @@ class Run:
         if not self.adapter.tiled or self.adapter.blends(self.inputs, which, visual):
             return self.adapter.pack(values, self.inputs, which)
         # which unit a token is follows from sizes: stock packing looks at numbers for that
-        units = torch.arange(float(values[0].numel())).view(1, *values.shape[1:])
+        units = torch.arange(values[0].numel(), dtype=torch.float32).view(1, *values.shape[1:])
         index = self.adapter.pack(units, self.inputs, which)[0].long()
         return values.flatten(1)[:, constant(index, values.device)]
 

@@ -352,12 +352,13 @@ class Session:
         """Apply a decision to full embeddings `[B, S, D]`, mask `[B, S]` and position ids.
 
         `small` holds each image's tokens when they are not in `embeds` (the pixel site). Where the
-        prefill is captured, rows are padded to the next length of its own. `policy` is the
-        session's where it is None.
+        prefill is captured, rows are padded to the next length of its own. With a `policy` other
+        than the session's, the length was checked before.
         """
         embeds = full.stacked
         width = full.embeds.shape[-1]
-        self._check_window(embeds.shape[1])
+        if policy is None:
+            self.check_window(embeds.shape[1])
         # with a model spread over devices, ids may be elsewhere than what the encoder made of them
         mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
         if policy is None:
@@ -393,7 +394,8 @@ class Session:
             compaction=compaction,
         )
 
-    def _check_window(self, length: int) -> None:
+    def check_window(self, length: int) -> None:
+        """Refuse prompts longer than a sliding attention window."""
         window = getattr(self.adapter.language_model.config, "sliding_window", None)
         if window is not None and length > window:
             raise UnsupportedModeError(

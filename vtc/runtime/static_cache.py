@@ -91,8 +91,11 @@ class CountedCache(StaticCache):  # type: ignore[misc]
     @staticmethod
     def fits(config: Any) -> bool:
         """Whether all layers of such a text model hold every entry."""
-        kinds = getattr(config.get_text_config(decoder=True), "layer_types", None)
-        return kinds is None or set(kinds) <= {"full_attention"}
+        config = config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return getattr(config, "sliding_window", None) is None
+        return set(kinds) <= {"full_attention"}
 
     @property
     def filled(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ class Turn:
     past: Tensor | None = None
     images: Images | None = None
     shift: Tensor | None = None
+
+    @cached_property
+    def unpadded(self) -> bool:
+        """Whether the caller's mask hides nothing."""
+        return bool((self.whole_mask == 1).all())
 
     def continued(self, short: Short | None, session: Session) -> dict[str, Tensor]:
         """Arguments of the stock generate, which slices off what stands for the cache.

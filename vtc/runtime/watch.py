@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -11,29 +13,30 @@ _OF_TRANSFORMERS = "output_capturing_hook"
 
 
 class Watch:
-    """Looks for what a replay would not see: moved or replaced weights, modules put in, hooks.
-
-    Hooks are looked for on every module of a part, the rest on its first, middle and last block.
+    """Looks for what a replay would not see: weights and modules that were replaced, weights that
+    were moved (those of the first, middle and last block stand for all), hooks.
 
     Args:
-        part: a tower or a language model. Hooks on itself are run around a replay.
-        blocks: its blocks.
+        modules: of a part of a model.
+        blocks: of the part.
     """
 
-    def __init__(self, part: nn.Module, blocks: Any) -> None:
-        self._modules = [module for module in part.modules() if module is not part]
+    def __init__(self, modules: Iterable[nn.Module], blocks: Any) -> None:
+        self._modules = list(modules)
         self._hooks = [
             hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
-        sample = [m for i in (0, len(blocks) // 2, -1) for m in blocks[i].modules()]
-        self._children = [m._modules for m in sample if m._modules]
+        self._tables: list[dict[str, Any]] = [
+            table for m in self._modules for table in (m._modules, m._parameters) if table
+        ]
+        sample = (m for i in (0, len(blocks) // 2, -1) for m in blocks[i].modules())
         self._weights = [m._parameters for m in sample if m._parameters]
         self._seen = self._now()
         self._attached: tuple[int, str | None] = (-1, None)
 
-    def _now(self) -> tuple[Any, ...]:
+    def _now(self) -> tuple[list[int], list[int]]:
         return (
-            [id(child) for children in self._children for child in children.values()],
+            list(map(id, chain.from_iterable(table.values() for table in self._tables))),
             [w.data_ptr() for ws in self._weights for w in ws.values() if w is not None],
         )
 
@@ -46,21 +49,25 @@ class Watch:
         """What is attached to modules that no replay would call."""
         hooks = sum(map(len, self._hooks))
         if hooks != self._attached[0]:
-            self._attached = hooks, self._look()
+            self._attached = hooks, attached(self._modules)
         return self._attached[1]
 
-    def _look(self) -> str | None:
-        for module in self._modules:
-            if hasattr(module, "_hf_hook"):
-                return "weights are moved by hooks of accelerate while the model runs"
-            if type(module).__module__.startswith("peft."):
-                return "adapters of PEFT are attached; merge them"
-            if hooked(module):
-                return f"a hook is attached to a {type(module).__name__}, which no replay calls"
-        return None
+
+def attached(modules: Iterable[nn.Module]) -> str | None:
+    """What somebody has attached to modules, that is called when they run."""
+    for module in modules:
+        if (reason := wrapped(module)) is not None:
+            return reason
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(getattr(hook, "__name__", "") != _OF_TRANSFORMERS for hook in hooks):
+            return f"a hook is attached to a {type(module).__name__}, which no replay calls"
+    return None
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody has attached something that is called when the module runs."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return any(getattr(hook, "__name__", "") != _OF_TRANSFORMERS for hook in hooks)
+def wrapped(module: nn.Module) -> str | None:
+    """Whether a module does other than its class says, or depends on a switch."""
+    if hasattr(module, "_hf_hook"):
+        return "weights are moved by hooks of accelerate while the model runs"
+    if type(module).__module__.startswith("peft."):
+        return "adapters of PEFT are attached; merge them"
+    return None
