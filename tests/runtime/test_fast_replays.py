@@ -1,0 +1,211 @@
+"""Replays: nothing of a captured function runs again, and what it would not see is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vtc
+from tests.kit.frozen import frozen
+from tests.kit.models import FAMILIES, PLACEHOLDERS, build_model
+from tests.kit.prompts import build_inputs, prompts
+
+METHODS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "vtc_cls": ("vtc_cls", 0.3, {}),
+    "todre": ("todre", 0.3, {"stage2": False}),
+    "todre, stage 2": ("todre", 0.3, {}),
+    "flowcut": ("flowcut", 0.3, {"llm_cut": "off"}),
+    "none": ("none", 1.0, {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_a_graph() -> Iterator[None]:
+    with frozen():
+        yield
+
+
+def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
+    options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": PLACEHOLDERS, **more}
+    return model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+
+
+def same(got: Any, want: Any) -> None:
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, equal_nan=True)
+
+
+def ragged(family: str, seed: int = 0) -> dict[str, Any]:
+    return build_inputs(family, prompts(family)["ragged"], seed=seed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llava_onevision"])
+def test_replays_take_new_numbers(family: str, method: str) -> None:
+    name, keep, options = METHODS[method]
+    model = build_model(family)
+    inputs = [ragged(family, seed) for seed in (0, 0, 1, 2)]
+    with vtc.patch(model, name, keep, **options) as handle:
+        want = [(generated(model, given), handle.token_selections) for given in inputs]
+    with vtc.patch(model, name, keep, fast="eager", **options) as handle:
+        for given, (answer, selections) in zip(inputs, want, strict=True):
+            same(generated(model, given), answer)
+            for a, b in zip(handle.token_selections, selections, strict=True):
+                assert torch.equal(a.mask(), b.mask())
+
+
+def prepared(fast: Any = "eager", method: str = "vtc_cls", keep: Any = 0.4) -> tuple[Any, Any, Any]:
+    model, inputs = build_model("llava"), ragged("llava")
+    return model, inputs, vtc.patch(model, method, keep, fast=fast)
+
+
+def unlike(module: nn.Module) -> None:
+    """Other weights, in other memory."""
+    module.weight = nn.Parameter(-2 * module.weight.detach())  # type: ignore[operator]
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "projector": lambda m: unlike(m.model.multi_modal_projector.linear_1),
+    "embeddings": lambda m: unlike(m.model.language_model.embed_tokens),
+    "final norm": lambda m: unlike(m.model.language_model.norm),
+    "a layer": lambda m: unlike(m.model.language_model.layers[1].mlp.up_proj),
+    "a block": lambda m: unlike(m.model.vision_tower.encoder.layers[2].mlp.fc1),
+    "in place": lambda m: m.model.language_model.layers[1].mlp.up_proj.weight.data.mul_(-2),
+    "hook on the projector": lambda m: m.model.multi_modal_projector.register_forward_hook(
+        lambda module, args, out: -out
+    ),
+    "hook on the tower": lambda m: m.model.vision_tower.register_forward_pre_hook(
+        lambda module, args: tuple(-x for x in args)
+    ),
+    "hook on embeddings": lambda m: m.model.language_model.embed_tokens.register_forward_hook(
+        lambda module, args, out: -out
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["vtc_cls", "todre"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_the_model_is_noticed(change: str, method: str) -> None:
+    model, inputs, handle = prepared(method=method)
+    with handle:
+        for _ in range(2):
+            generated(model, inputs)
+        CHANGES[change](model)
+        got = generated(model, inputs)
+    with vtc.patch(model, method, 0.4):
+        same(got, generated(model, inputs))
+
+
+def test_one_token_is_not_everything() -> None:
+    model, inputs, handle = prepared(keep=1)
+    with handle:
+        for _ in range(2):
+            generated(model, inputs)
+        handle.set(keep=1.0)
+        got = generated(model, inputs)
+    same(got, generated(model, inputs))
+
+
+@pytest.mark.parametrize("method", ["vtc_cls", "todre", "flowcut"])
+def test_a_later_turn_with_an_image_has_its_own_signals(method: str) -> None:
+    found = []
+    for fast in (False, "eager"):
+        model, inputs, handle = prepared(fast, method)
+        with handle:
+            for _ in range(2):
+                first = generated(model, inputs)
+            more = build_inputs("llava", [[2, "image", 3]] * len(first.sequences), seed=5)
+            ids = torch.cat([first.sequences, more["input_ids"]], 1)
+            tail = torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1])
+            given = {
+                "input_ids": ids,
+                "attention_mask": torch.cat([inputs["attention_mask"], tail], 1).long(),
+                "pixel_values": more["pixel_values"],
+            }
+            found.append(generated(model, given, past_key_values=first.past_key_values))
+    same(found[1], found[0])
+
+
+def test_guidance_runs_beside_the_prompt() -> None:
+    found = []
+    for fast in (False, "eager"):
+        model, inputs, handle = prepared(fast)
+        with handle:
+            found += [generated(model, inputs, guidance_scale=1.5) for _ in range(2)]
+    same(found[2], found[0])
+    same(found[3], found[0])
+
+
+def test_numbers_that_are_none_are_the_prompts_own() -> None:
+    found = []
+    for fast in (False, "eager"):
+        model, inputs, handle = prepared(fast, "uniform")
+        inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
+        with handle:
+            found.append(generated(model, inputs))
+    same(found[1], found[0])
+
+
+@pytest.mark.parametrize("fast", [False, "eager"])
+def test_inference_before_training(fast: Any) -> None:
+    model, inputs, handle = prepared(fast)
+    with handle:
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs).logits.sum().backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad is not None
+
+
+def test_constants_live_as_long_as_their_graph() -> None:
+    model, inputs, handle = prepared()
+    with handle:
+        for _ in range(2):
+            generated(model, inputs)
+        graphs = handle._session.fast.graphs  # type: ignore[union-attr]
+        held = {id(x) for captured in graphs._held.values() for x in captured.constants}
+        used = [c for key, c in graphs._held.items() if key[0] == "selection"]  # type: ignore[index]
+    assert held and all(captured.constants for captured in used)
+
+
+def test_what_somebody_put_in_for_generate_stays() -> None:
+    model, inputs, handle = prepared()
+    stock, calls = model._prepare_cache_for_generation, []
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return stock(*args, **kwargs)
+
+    model._prepare_cache_for_generation = own
+    with handle:
+        for _ in range(2):
+            generated(model, inputs)
+    assert len(calls) == 2 and model._prepare_cache_for_generation is own
+
+
+def test_more_sizes_than_are_held_are_not_captured_in_turn() -> None:
+    model = build_model("qwen2_vl")
+    with vtc.patch(model, "vtc_cls", 0.5, fast="eager") as handle:
+        graphs = handle._session.fast.graphs  # type: ignore[union-attr]
+        graphs.limit = 8
+        for _ in range(3):
+            for i in range(6):
+                given = build_inputs("qwen2_vl", [[3, ("image", 8 * (1 + i), 16), 4]], seed=i)
+                generated(model, given)
+        assert graphs.captures <= 4
+
+
+@pytest.mark.parametrize(("window", "fits"), [(None, True), (70, False)])
+def test_windows_that_no_layer_names_are_not_captured(window: int | None, fits: bool) -> None:
+    from transformers import MistralConfig
+
+    from vtc.runtime.static_cache import CountedCache
+
+    config = MistralConfig(num_hidden_layers=2, sliding_window=window)
+    if getattr(config, "layer_types", None) is not None:
+        pytest.skip("this version of transformers names the layers")
+    assert CountedCache.fits(config) is fits
