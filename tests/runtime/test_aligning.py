@@ -52,3 +52,16 @@ def test_other_networks_are_left_alone() -> None:
     before = [p.data_ptr() for p in plain.parameters()]
     with Aligned().within((plain,)):
         assert [p.data_ptr() for p in plain.parameters()] == before
+
+
+def test_copies_of_weights_that_were_written_to_are_stale() -> None:
+    module = nn.Sequential(Gated(90, True, nn.SiLU()))
+    aligned = Aligned()
+    with aligned.within((module,)):
+        pass
+    assert not aligned.stale and aligned.held_bytes > 0
+    with torch.no_grad():
+        module[0].up_proj.weight.mul_(-2)
+    assert aligned.stale
+    aligned.clear()
+    assert not aligned.stale and aligned.held_bytes == 0

@@ -209,3 +209,30 @@ def test_windows_that_no_layer_names_are_not_captured(window: int | None, fits: 
     if getattr(config, "layer_types", None) is not None:
         pytest.skip("this version of transformers names the layers")
     assert CountedCache.fits(config) is fits
+
+
+def test_hidden_states_that_the_config_asks_for() -> None:
+    model, inputs, handle = prepared()
+    model.config.text_config.output_hidden_states = True
+    with handle, torch.no_grad():
+        for _ in range(2):
+            out = model(**inputs)
+    assert len(out.hidden_states) == 1 + len(model.model.language_model.layers)
+
+
+@pytest.mark.parametrize("method", ["vtc_cls", "todre"])
+def test_adapters_that_are_switched_off(method: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(
+        build_model("llava"),
+        peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False, lora_alpha=64),
+    ).eval()
+    model, inputs = wrapped.get_base_model(), ragged("llava")
+    with vtc.patch(model, method, 0.4, fast="eager"):
+        for _ in range(2):
+            generated(model, inputs)
+        with wrapped.disable_adapter():
+            got = generated(model, inputs)
+    with vtc.patch(model, method, 0.4), wrapped.disable_adapter():
+        same(got, generated(model, inputs))

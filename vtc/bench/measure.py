@@ -22,7 +22,7 @@ from vtc.runtime.report import kv_bytes
 
 WARM = 2
 PARTS = 3
-# the device is lent for minutes
+# calls that take long are timed less often
 _SLOW_MS = 150
 _SPLIT = ("encoder_ms", "selector_ms", "prefill_ms")
 
