@@ -186,7 +186,7 @@ class LlavaNextAdapter(LlavaAdapter):
         return [self._layout(inputs, i, rows) for i, rows in enumerate(self._rows(inputs))]
 
     def _layout(self, inputs: Mapping[str, Any], which: int, rows: int) -> Visual:
-        # stock packing takes a millisecond to say it
+        # stock packing says it by packing
         key = (*as_list(inputs["image_sizes"][which]), rows)
         if key not in self._layouts:
             if len(self._layouts) >= _LAYOUTS:

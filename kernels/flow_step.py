@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vtc.kernels._shared import LOG2E, refused, width_of
-from vtc.kernels.group_topk import ordered
+from vtc.kernels.group_topk import reached_by, sort_key
 
 # patches of a row that a program holds in registers, for several heads at once
 LARGEST = 4096
@@ -172,16 +172,8 @@ def shares(
 @triton.jit
 def highest(score: tl.tensor, usable: tl.tensor, count: tl.tensor) -> tl.tensor:
     """Which are the `count` highest scores, the first of equal ones: see `group_topk_kernel`."""
-    score = score + 0.0  # −0 becomes 0
-    key = tl.where(score != score, 0x7FFFFFFF, ordered(score)).to(tl.uint32, bitcast=True)
-    key = tl.where(usable, key ^ 0x80000000, 0)
-    threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        raised = threshold | bit
-        reached = tl.sum((key >= raised).to(tl.int32), 0)
-        threshold = tl.where(reached >= count, raised, threshold)
-        bit = bit >> 1
+    key = sort_key(score, usable)
+    threshold = reached_by(key, count)
     above, level = key > threshold, usable & (key == threshold)
     wanted = count - tl.sum(above.to(tl.int32), 0)
     return above | (level & (tl.cumsum(level.to(tl.int32), 0) <= wanted))

@@ -61,6 +61,28 @@ def ordered(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def sort_key(score: tl.tensor, usable: tl.tensor) -> tl.tensor:
+    """Scores as uint32 that compare alike. NaN is above all, as sorting has it; even -inf leaves 0
+    to what is not usable."""
+    score = score + 0.0  # −0 becomes 0
+    key = tl.where(score != score, 0x7FFFFFFF, ordered(score)).to(tl.uint32, bitcast=True)
+    return tl.where(usable, key ^ 0x80000000, 0)
+
+
+@triton.jit
+def reached_by(key: tl.tensor, count: tl.tensor) -> tl.tensor:
+    """The highest threshold that `count` keys reach, bit by bit."""
+    threshold = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        raised = threshold | bit
+        reached = tl.sum((key >= raised).to(tl.int32), 0)
+        threshold = tl.where(reached >= count, raised, threshold)
+        bit = bit >> 1
+    return threshold
+
+
+@triton.jit
 def store_ascending(
     keep: tl.tensor,
     keep_valid: tl.tensor,
@@ -97,21 +119,9 @@ def group_topk_kernel(
     at = tl.arange(0, BLOCK)
     usable = tl.load(valid + group * valid_group + at * valid_token, mask=at < n, other=0) != 0
     score = tl.load(scores + group * scores_group + at * scores_token, mask=usable, other=0.0)
-    score = score.to(tl.float32) + 0.0  # −0 becomes 0
-    # NaN above all, as sorting has it; as unsigned numbers even -inf leaves 0 to what is not valid
-    key = tl.where(score != score, 0x7FFFFFFF, ordered(score)).to(tl.uint32, bitcast=True)
-    key = tl.where(usable, key ^ 0x80000000, 0)
+    key = sort_key(score.to(tl.float32), usable)
     count = tl.load(counts + group).to(tl.int32)
-
-    # the highest threshold that `count` keys reach
-    threshold = tl.full([], 0, tl.uint32)
-    bit = tl.full([], 0x80000000, tl.uint32)
-    for _ in range(32):
-        raised = threshold | bit
-        reached = tl.sum((key >= raised).to(tl.int32), 0)
-        threshold = tl.where(reached >= count, raised, threshold)
-        bit = bit >> 1
-
+    threshold = reached_by(key, count)
     above, level = key > threshold, usable & (key == threshold)
     wanted = count - tl.sum(above.to(tl.int32), 0)
     # both counts in one prefix sum: neither exceeds 2^14

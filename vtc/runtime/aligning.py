@@ -1,7 +1,7 @@
 """Feed-forward networks of a width that matrix products are slow at, run at the next good one.
 
 A width of 3,420 (Qwen2.5-VL's encoder) makes rows that do not begin at 16 bytes, for which the
-libraries fall back to kernels of a third of the speed. Rows and columns of zeros change nothing.
+libraries fall back to slow kernels. Rows and columns of zeros change nothing.
 """
 
 from __future__ import annotations

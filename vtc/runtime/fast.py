@@ -105,19 +105,6 @@ class Fast:
         self.told = dict.fromkeys(("encoder", "selection"), self._blocked or "not run")
         self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
 
-    def encode(self, images: Images, inputs: Mapping[str, Any]) -> Encoded | None:
-        """The encoder's tokens and signals, or None where the stock model has to encode."""
-        reason = self._blocked or self.encoder.refusal(images, inputs)
-        if reason is None:
-            try:
-                encoded = self.encoder(images, inputs)
-                self.told["encoder"] = self.graphs.said(self.encoder.key(images, inputs))
-                return encoded
-            except CaptureError as error:
-                reason = str(error)
-        self.told["encoder"] = reason
-        return None
-
     def compress(
         self,
         images: Images,
@@ -128,20 +115,27 @@ class Fast:
     ) -> tuple[Encoded, tuple[list[Selection], Short] | None] | None:
         """The encoder's tokens and what is made of them: decisions and the short prompt, or None
         where they are not captured. None alone where the stock model has to encode."""
-        ids = inputs["input_ids"]
-        why = self._blocked or self.encoder.refusal(images, inputs)
-        why = why or (self.selection.refusal() if self.prefills else self._llm_blocked)
-        staged = None
+        ids, device = inputs["input_ids"], inputs["input_ids"].device
+        refused = self._blocked or self.encoder.refusal(images, inputs)
+        if refused is not None:
+            self.told |= dict.fromkeys(("encoder", "selection"), refused)
+            return None
         # copies wait for the device: before it has work
+        given, staged = self.encoder.prepare(images, inputs), None
+        why = self.selection.refusal() if self.prefills else self._llm_blocked
         if why is None:
-            key = self.encoder.key(images, inputs)
-            staged = self.selection.stage(images, ids, mask, positions, key)
+            staged = self.selection.stage(images, ids, mask, positions, given.key)
         if staged is None or not self.graphs.holds(staged.key):
-            images.to(ids.device)
-        encoded = self.encode(images, inputs)
-        if encoded is None or staged is None:
-            self.told["selection"] = why or self.told["encoder"]
-            return None if encoded is None else (encoded, None)
+            images.to(device)
+        try:
+            encoded = self.encoder(images, given)
+        except CaptureError as error:
+            self.told |= dict.fromkeys(("encoder", "selection"), str(error))
+            return None
+        self.told["encoder"] = self.graphs.said(given.key)
+        if staged is None:
+            self.told["selection"] = str(why)
+            return encoded, None
         clock.mark("encoded")
         try:
             done = self.selection(images, staged, encoded)
@@ -165,8 +159,8 @@ class Fast:
         for row, visual in zip(images.rows.tolist(), images.visuals, strict=True):
             newlines = len(visual.newlines)
             kept = min(slots, visual.tokens) if selection.merge is None else slots
-            # slots that stand at newlines' columns do not add newlines
-            rows[row] += min(kept, slots) - visual.tokens + min(newlines, kept) - newlines
+            # a newline stays with a token of its row
+            rows[row] += kept - visual.tokens + min(newlines, kept) - newlines
         return bucket(max(rows))
 
     @contextmanager

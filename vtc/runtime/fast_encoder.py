@@ -45,6 +45,25 @@ class Encoded:
         return embeds.index_put((places[:, 0], places[:, 1]), self.features.to(embeds))
 
 
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """What an encoder is given.
+
+    Attributes:
+        key: what decides about a capture.
+        name: of the pixels among the model's inputs.
+        pixels: on the device.
+        host: what says their sizes, on the CPU.
+        kind: the implementation of attention.
+    """
+
+    key: tuple[Any, ...]
+    name: str
+    pixels: Tensor
+    host: dict[str, Any]
+    kind: str
+
+
 class FastEncoder:
     """Captures the encoder once for each size of its pixels.
 
@@ -77,9 +96,15 @@ class FastEncoder:
             return "one token is made of several patches by sizes of the canvas"
         return None
 
-    def key(self, images: Images, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """What decides about a capture."""
-        name, host = self._parts(inputs)
+    def prepare(self, images: Images, inputs: Mapping[str, Any]) -> Pixels:
+        """What is to be encoded. It reads sizes off the device: before that has work."""
+        adapter = self.session.adapter
+        (name,) = (n for n in adapter.pixel_inputs if inputs.get(n) is not None)
+        host = {
+            key: value.cpu() if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+            if key in adapter.visual_inputs and key not in (name, "mm_token_type_ids")
+        }
         pixels = inputs[name]
         sizes = tuple(
             (key, tuple(value.flatten().tolist()) if isinstance(value, Tensor) else str(value))
@@ -87,37 +112,27 @@ class FastEncoder:
         )
         kind = implementation(self.session.tower.encoder.attentions[0])
         keep = repr(self.session.budget.keep) if self.session.tower.cuts is not None else None
-        return ("encoder", tuple(pixels.shape), pixels.dtype, sizes, images.lengths, kind, keep)
+        shape = tuple(pixels.shape)
+        key = ("encoder", shape, pixels.dtype, sizes, images.lengths, kind, keep)
+        return Pixels(key, name, pixels, host, kind)
 
-    def _parts(self, inputs: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The name of the pixels, and what says their sizes, on the CPU."""
-        adapter = self.session.adapter
-        (name,) = (n for n in adapter.pixel_inputs if inputs.get(n) is not None)
-        return name, {
-            key: value.cpu() if isinstance(value, Tensor) else value
-            for key, value in inputs.items()
-            if key in adapter.visual_inputs and key not in (name, "mm_token_type_ids")
-        }
-
-    def __call__(self, images: Images, inputs: Mapping[str, Any]) -> Encoded:
+    def __call__(self, images: Images, given: Pixels) -> Encoded:
         """Encode, or raise `CaptureError`."""
-        adapter, tower, key = self.session.adapter, self.session.tower, self.key(images, inputs)
-        name, host = self._parts(inputs)
-        kind = implementation(self.session.tower.encoder.attentions[0])
+        adapter, tower, key = self.session.adapter, self.session.tower, given.key
 
         def encode(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor], list[Tensor]]:
-            given, checks = {**host, name: pixels}, Deferred()
+            inputs, checks = {**given.host, given.name: pixels}, Deferred()
             with ExitStack() as stack:
                 stack.enter_context(dispatch.using(self.session.kernels, ran))
                 stack.enter_context(deferred(checks))
-                stack.enter_context(self.session.recording(images, given, masked=True))
-                if self.session.tower.encoder.packed and kind in ("sdpa", "eager"):
-                    for attention in self.session.tower.encoder.attentions:
+                stack.enter_context(self.session.recording(images, inputs, masked=True))
+                if tower.encoder.packed and given.kind in ("sdpa", "eager"):
+                    for attention in tower.encoder.attentions:
                         stack.enter_context(together(attention))
-                stack.enter_context(self.aligned.within(self.session.tower.encoder.blocks))
+                stack.enter_context(self.aligned.within(tower.encoder.blocks))
                 if self.compiles and self.graphs.capturing:
-                    stack.enter_context(compiled_blocks(self.session.tower.encoder))
-                features, signals = adapter.encode(given), tower.read()
+                    stack.enter_context(compiled_blocks(tower.encoder))
+                features, signals = adapter.encode(inputs), tower.read()
             cuts = tower.masked
             left = None if cuts is None else cuts.left
             self._left[key] = (() if cuts is None else cuts.counts), checks.messages
@@ -127,7 +142,7 @@ class FastEncoder:
         ran = self._ran.setdefault(key, {})
         with torch.no_grad():
             features, signals, left, flags = self.graphs.run(
-                key, encode, [inputs[name]], patient=True
+                key, encode, [given.pixels], patient=True
             )
         self.session.ran.update(ran)
         counts, messages = self._left[key]

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vtc.adapters.base import Adapter
 from vtc.checks import require_none
+from vtc.runtime.attributes import replaced
 from vtc.runtime.compiling import compiled_layers
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.static_cache import CountedCache
@@ -175,16 +176,11 @@ class FastLanguageModel:
             return self._forward(stock, kwargs)
 
         self.told, self.refused = {}, None
-        had = "forward" in vars(self.model)
-        self.model.forward = forward
         try:
-            yield
+            with replaced(self.model, "forward", forward):
+                yield
         finally:
             self._ahead = None
-            if had:
-                self.model.forward = stock
-            else:
-                del self.model.forward
 
     def _forward(self, stock: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         given: Any = kwargs.get("past_key_values")
@@ -221,10 +217,6 @@ class FastLanguageModel:
             return f"its cache is a {type(given).__name__} of the caller's"
         if isinstance(given, CountedCache) and given.filled and embeds.shape[1] != 1:
             return "several tokens came behind a cache"
-        if torch.is_grad_enabled() and (
-            embeds.requires_grad or any(p.requires_grad for p in self.model.parameters())
-        ):
-            return "gradients are wanted; run it under torch.no_grad()"
         mask = kwargs.get("attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             return "its attention mask was prepared before"
