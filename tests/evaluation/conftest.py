@@ -136,7 +136,9 @@ def samples_frame():
     from vtc.evaluation import table
     from vtc.evaluation.compression import Compression, parse_method
 
-    def build(cells: Mapping[tuple[Any, ...], Sequence[float]], task: str = "t") -> Any:
+    def build(
+        cells: Mapping[tuple[Any, ...], Sequence[float]], task: str = "t", model: str = "m"
+    ) -> Any:
         found = []
         for (method, positions, keep, seed), scores in cells.items():
             name, options = parse_method(method)
@@ -148,7 +150,7 @@ def samples_frame():
                 {"task": task, "doc_id": i, "kind": None, "score": s, **shares}
                 for i, s in enumerate(scores)
             ]
-            found.append((cell, samples))
+            found.append((model, cell, samples))
         return table.samples_frame(found)
 
     return build

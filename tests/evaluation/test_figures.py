@@ -122,7 +122,7 @@ def test_every_curve_stands_in_one_panel(many):
     curves = list(table.curves(many, "active_fraction").items())
     panels = grouped(curves)
     assert sorted(key for _, own in panels for key, _ in own) == sorted(key for key, _ in curves)
-    titles = {key[1]: title for title, own in panels for key, _ in own}
+    titles = {key.label: title for title, own in panels for key, _ in own}
     assert titles == {
         "vtc_cls": "in the encoder and before the LLM",
         "shortv": "in the LLM, to a budget",

@@ -15,7 +15,7 @@ from typing import Any
 from vtc.evaluation.compression import FULL, RANDOM
 from vtc.evaluation.groups import grouped
 from vtc.evaluation.printed import short
-from vtc.evaluation.table import Row, curves, drops_tokens
+from vtc.evaluation.table import CurveKey, Row, curves, drops_tokens
 
 # Okabe and Ito's palette: told apart with any color vision, and by brightness on gray paper
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#332288", "#000000")
@@ -118,14 +118,14 @@ def _first_policy(summary: Sequence[Row]) -> str | None:
 
 
 def _under(
-    policy: str | None, found: Mapping[tuple[str, str, str], list[Row]]
-) -> dict[tuple[str, str, str], list[Row]]:
-    return {key: rows for key, rows in found.items() if key[2] == policy}
+    policy: str | None, found: Mapping[CurveKey, list[Row]]
+) -> dict[CurveKey, list[Row]]:
+    return {key: rows for key, rows in found.items() if key.positions == policy}
 
 
 def _plot(
     summary: Sequence[Row],
-    found: Mapping[tuple[str, str, str], list[Row]],
+    found: Mapping[CurveKey, list[Row]],
     chance: Mapping[str, float],
     axis: _Axis,
 ) -> Plot:
@@ -136,7 +136,7 @@ def _plot(
     panels = [
         (task, title, own)
         for task in tasks
-        for title, own in grouped([(key, rows) for key, rows in found.items() if key[0] == task])
+        for title, own in grouped([(key, rows) for key, rows in found.items() if key.task == task])
     ]
     columns = 1 if len(panels) == len(tasks) else 2
     lines = -(-len(panels) // columns)
@@ -150,10 +150,10 @@ def _plot(
         spare.remove()
     for axes, (task, title, own) in zip(flat, panels, strict=False):
         rows = [row for row in summary if row["task"] == task]
-        others = [(key, v) for key, v in found.items() if key[0] == task and (key, v) not in own]
+        others = [(key, v) for key, v in found.items() if key.task == task and (key, v) not in own]
         if columns > 1:
             policy = axis.policy or _first_policy(summary)
-            _behind(axes, [(key, v) for key, v in others if key[2] == policy], axis)
+            _behind(axes, [(key, v) for key, v in others if key.positions == policy], axis)
         _panel(axes, rows, own, chance.get(task), axis)
         _limits(axes, found.values(), axis)
         _frame(axes, f"{task}, {rows[0]['n']} questions" + (f": {title}" if title else ""), axis)
@@ -174,7 +174,7 @@ def _file(figure: Any, ending: str) -> bytes:
 def _behind(axes: Any, others: Sequence[Curve], axis: _Axis) -> None:
     """The curves of other panels; `random` is named, because it is what to compare with."""
     named = False
-    for (_, label, _), points in others:
+    for (_, _, label, _), points in others:
         own = [row for row in points if row["method"] != FULL]
         x, y = [row[axis.name] for row in own], [100 * row["accuracy"] for row in own]
         if label == RANDOM and not named:
@@ -187,10 +187,10 @@ def _behind(axes: Any, others: Sequence[Curve], axis: _Axis) -> None:
 def _panel(
     axes: Any, rows: Sequence[Row], found: Sequence[Curve], chance: float | None, axis: _Axis
 ) -> None:
-    labels = list(dict.fromkeys(label for (_, label, _), _ in found))
+    labels = list(dict.fromkeys(curve.label for curve, _ in found))
     others = itertools.cycle(_COLORS)
     colors = {label: _FIXED.get(label) or next(others) for label in labels}
-    for i, ((_, label, positions), points) in enumerate(found):
+    for i, ((_, _, label, positions), points) in enumerate(found):
         dodge = i - (len(found) - 1) / 2
         _curve(axes, (label, positions), points, (colors[label], dodge), axis)
     for full in (row for row in rows if row["method"] == FULL):

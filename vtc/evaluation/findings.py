@@ -10,7 +10,7 @@ import pandas as pd
 from vtc.evaluation.compression import FULL, RANDOM, controls
 from vtc.evaluation.printed import percent, points, short
 from vtc.evaluation.statistics import Interval, difference_interval
-from vtc.evaluation.table import Row, control, curves, drops_tokens, pick, scores
+from vtc.evaluation.table import CURVE, CurveKey, Row, control, curves, drops_tokens, pick, scores
 
 SIMPLE = ("random", "downsample")
 
@@ -79,8 +79,8 @@ def _rivals(summary: Sequence[Row], row: Row) -> list[tuple[Row, str]]:
 
 def _same_keep(summary: Sequence[Row], row: Row, method: str) -> list[Row]:
     """The baseline at the same keep; under the same positions where it was run under them."""
-    key = (row["task"], method, row["keep"])
-    same = [r for r in summary if (r["task"], r["label"], r["keep"]) == key]
+    key = (row["model"], row["task"], method, row["keep"])
+    same = [r for r in summary if (r["model"], r["task"], r["label"], r["keep"]) == key]
     return [r for r in same if r["positions"] == row["positions"]][:1] or same[:1]
 
 
@@ -89,7 +89,8 @@ def _as_few(summary: Sequence[Row], row: Row, method: str) -> list[Row]:
     fewer = [
         r
         for r in summary
-        if (r["task"], r["label"], r["positions"]) == (row["task"], method, row["positions"])
+        if CurveKey(*(r[name] for name in CURVE))
+        == CurveKey(row["model"], row["task"], method, row["positions"])
         # shares of other counts may differ in their last digit
         and r["active_fraction"] <= row["active_fraction"] + 1e-6
     ]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from vtc.evaluation.cells import BASELINES
 from vtc.evaluation.compression import FULL, build
-from vtc.evaluation.table import Row
+from vtc.evaluation.table import CurveKey, Row
 
-Curve = tuple[tuple[str, str, str], list[Row]]
+Curve = tuple[CurveKey, list[Row]]
 
 # more curves than these cannot be told apart in one panel
 _TOGETHER, _ALONE = 12, 8

@@ -218,7 +218,8 @@ def _report(
     from vtc.evaluation.fingerprint import environment
     from vtc.evaluation.report import write_outputs
 
-    frame = table.samples_frame(samples)
+    name = Path(config.model).name
+    frame = table.samples_frame((name, *cell) for cell in samples)
     result = SweepResult(*table.tables(frame), out=config.out, notes=notes, samples=frame)
     write_outputs(config, result, loaded, tasks.all if config.pictures else [], environment())
     return result

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from vtc.evaluation.compression import FULL, Compression, controls
 from vtc.evaluation.statistics import Interval, accuracy_interval, difference_interval
 
-CURVE = ["task", "label", "positions"]
+CURVE = ["model", "task", "label", "positions"]
 GROUP = [*CURVE, "keep"]
 MEANS = (
     "kept_fraction",
@@ -29,19 +29,31 @@ MEDIANS = (
     "kv_bytes",
     "peak_memory_bytes",
 )
+_NAMES = ("model", "task", "method", "options", "label", "positions", "keep")
 # what lies between them is the middle 60 % of the timed questions
 _SPREAD = {"p20": 0.2, "p80": 0.8}
 Row = dict[str, Any]
+Cell = tuple[str, Compression, Sequence[Mapping[str, Any]]]
 
 
-def samples_frame(cells: Iterable[tuple[Compression, Sequence[Mapping[str, Any]]]]) -> pd.DataFrame:
-    """One line per cell and question.
+class CurveKey(NamedTuple):
+    """What the points of one curve have in common."""
+
+    model: str
+    task: str
+    label: str
+    positions: str
+
+
+def samples_frame(cells: Iterable[Cell]) -> pd.DataFrame:
+    """One line per cell and question, of cells with the short name of their model.
 
     `ttft_ratio` is the time to the first token over the full model's on the same question, taken
     right before.
     """
     lines = [
         {
+            "model": model,
             "label": cell.label,
             "method": cell.method,
             "options": dict(cell.options),
@@ -50,7 +62,7 @@ def samples_frame(cells: Iterable[tuple[Compression, Sequence[Mapping[str, Any]]
             "seed": cell.seed,
             **sample,
         }
-        for cell, samples in cells
+        for model, cell, samples in cells
         for sample in samples
     ]
     frame = pd.DataFrame(lines)
@@ -78,23 +90,26 @@ def scores(part: pd.DataFrame) -> pd.Series:
     return mean
 
 
-def curves(
-    summary: Sequence[Row], by: str = "kept_fraction"
-) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows by task, method and positions, the largest share first; the full model starts each.
+def curves(summary: Sequence[Row], by: str = "kept_fraction") -> dict[CurveKey, list[Row]]:
+    """Rows by model, task, method and positions, the largest share first, behind the full model's.
 
     Args:
         summary: rows with seeds averaged.
         by: `"kept_fraction"` or `"active_fraction"`.
     """
-    found: dict[tuple[str, str, str], list[Row]] = {}
+    found: dict[CurveKey, list[Row]] = {}
     for row in summary:
         if row["method"] != FULL:
-            found.setdefault((row["task"], row["label"], row["positions"]), []).append(row)
-    for (task, _, _), rows in found.items():
-        full = [row for row in summary if row["method"] == FULL and row["task"] == task]
+            found.setdefault(CurveKey(*(row[name] for name in CURVE)), []).append(row)
+    for curve, rows in found.items():
+        full = [row for row in summary if row["method"] == FULL and same_world(row, curve)]
         rows[:] = full + sorted(rows, key=lambda row: -row[by])
     return found
+
+
+def same_world(row: Row, curve: CurveKey) -> bool:
+    """Whether a row is of the curve's model and task."""
+    return (row["model"], row["task"]) == (curve.model, curve.task)
 
 
 def drops_tokens(rows: Iterable[Row]) -> bool:
@@ -110,8 +125,8 @@ def control(rows: Sequence[Row], row: Row) -> Row | None:
     for label in controls(row["method"], row["options"]):
         if label == row["label"]:
             return None
-        key = (row["task"], label, row["keep"])
-        same = [r for r in rows if (r["task"], r["label"], r["keep"]) == key]
+        key = (row["model"], row["task"], label, row["keep"])
+        same = [r for r in rows if (r["model"], r["task"], r["label"], r["keep"]) == key]
         if same:
             return next((r for r in same if r["positions"] == row["positions"]), same[0])
     return None
@@ -126,9 +141,7 @@ def pick(frame: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
 def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
     first, seeds = part.iloc[0], part["seed"].unique()
     own = scores(part)
-    row: Row = {
-        name: first[name] for name in ("task", "method", "options", "label", "positions", "keep")
-    }
+    row: Row = {name: first[name] for name in _NAMES}
     row |= {"seed": int(seeds[0]) if len(seeds) == 1 else None, "seeds": len(seeds), "n": len(own)}
     row |= _interval("accuracy", accuracy_interval(own.to_numpy(float)))
     if pd.notna(first["kind"]):
@@ -139,7 +152,9 @@ def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
     row |= {name: _number(part[name].median()) for name in MEDIANS}
     row |= {f"ttft_ratio_{p}": _number(part["ttft_ratio"].quantile(q)) for p, q in _SPREAD.items()}
     row["n_timed"] = int(part["ttft_ms"].notna().sum())
-    row |= _difference("vs_full", own, frame[_of(frame, task=first["task"], label=FULL)])
+    row |= _difference(
+        "vs_full", own, frame[_of(frame, model=first["model"], task=first["task"], label=FULL)]
+    )
     row |= _difference("vs_random", own, _control(frame, first))
     row |= _difference("vs_original_ids", own, _with_original_ids(frame, first, seeds))
     return row
@@ -147,7 +162,7 @@ def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
 
 def _control(frame: pd.DataFrame, of: pd.Series) -> pd.DataFrame:
     """The samples that were chosen at random, at the same keep and positions."""
-    same = {name: of[name] for name in ("task", "keep", "positions")}
+    same = {name: of[name] for name in ("model", "task", "keep", "positions")}
     for label in controls(of["method"], of["options"]):
         if label == of["label"]:
             break
@@ -160,7 +175,7 @@ def _with_original_ids(frame: pd.DataFrame, of: pd.Series, seeds: Any) -> pd.Dat
     """The same method, budget and seeds with original position ids; nothing if these are they."""
     if of["positions"] == "keep":
         return frame.iloc[:0]
-    same = {name: of[name] for name in ("task", "label", "keep")}
+    same = {name: of[name] for name in ("model", "task", "label", "keep")}
     return frame[_of(frame, positions="keep", **same) & frame["seed"].isin(seeds)]
 
 
