@@ -14,7 +14,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.errors import OptionError, UnsupportedModeError, VtcError
 from vtc.methods.base import Method, Step
-from vtc.types import LLM_HIDDEN, Budget, Selection, Tokens
+from vtc.types import VECTORS, Budget, Selection, Tokens
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def decisions(
         tokens, budget = tokens_of(step.method, before), step.budget
         if before is not None:
             budget = Remaining(budget.keep, tokens.lengths)
-            vectors = {need.key for need in step.method.needs if need.name == LLM_HIDDEN}
+            vectors = {need.key for need in step.method.needs if need.name in VECTORS}
             tokens = narrowed(tokens, before, vectors)
         selection = step.method.select(tokens, budget)
         if not isinstance(selection, Selection) or selection.lengths != tokens.lengths:

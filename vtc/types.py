@@ -20,8 +20,12 @@ from torch import Tensor
 from vtc import ops
 from vtc.errors import OptionError, SignalError
 
-# the name of the signal that is a vector for each token
+# names of signals that are computed elsewhere than in the encoder
 LLM_HIDDEN = "llm_hidden"
+TEXT = "text"
+ENCODER_ROW = "encoder_row"
+# the signals that are a vector for each token, `[G, N, D]`
+VECTORS = (LLM_HIDDEN, "encoder_features", "keys", "mean_keys")
 
 
 def round_half_up(x: float) -> int:
@@ -39,14 +43,21 @@ class Signal:
     """Something a method needs from the model; the runtime computes exactly that and nothing else.
 
     Args:
-        name: what, e.g. `"cls_row"` (attention of [CLS] to the patches) or `"image_key"` (a number
-            made from the pixels of the group's image) or `"llm_hidden"` (the input of one decoder
-            layer, `[G, N, D]`, to which the language model is run once more).
+        name: what. Rows `[G, L, N]` of encoder blocks: `"cls_row"` (attention of [CLS] to the
+            patches), `"cls_row_joint"` (the same with all heads as one) or `"received_row"`
+            (attention that a patch receives, the mean over all queries). Vectors `[G, N, D]`:
+            `"encoder_features"` (the output of one block, before the projector), `"keys"` of one
+            block (heads side by side), `"mean_keys"` (the mean over heads) or `"llm_hidden"` (the
+            input of one decoder layer, to which the language model is run once more). Besides:
+            `"text"` (`Tokens.text`), `"encoder_row"` (`[G, N]`, the crop, tile or frame of its
+            image that a token is from) or `"image_key"` (a number made from the pixels of the
+            group's image).
         blocks: encoder blocks, 0-based, as published for an encoder of `depth` blocks; they are
             scaled to the model at hand. Negative ones count from the end, like a Python slice,
             unscaled.
         depth: the depth `blocks` were published for; None: they are meant as they are.
-        ends_at_tap: the window runs to the feature tap (the last block whose output the LLM reads).
+        ends_at_tap: the window runs to the feature tap (the last block whose output the LLM reads);
+            without `blocks` it is the tap alone.
         label: key under which a method finds it in `Tokens.signals`; by default the name.
         stand_in: name of the signal computed instead where the encoder has no [CLS], under the same
             key: `"mean_query_row"` and `"received_row"` (as in `vtc.ops`) or `"random_row"` (by
@@ -91,8 +102,8 @@ class Signal:
             return block if self.depth in (None, depth) else scale_layer(block, self.depth, depth)
 
         found = {place(b) for b in self.blocks}
-        if self.ends_at_tap and found:
-            found = set(range(min(found), tap + 1))
+        if self.ends_at_tap:
+            found = set(range(min(found, default=tap), tap + 1))
         if self.blocks and (not found or min(found) < 0 or max(found) >= depth):
             published = f" (published for {self.depth})" if self.depth else ""
             raise SignalError(

@@ -55,9 +55,9 @@ class Method:
     scorer: Scorer | str | None = None
     selector: Selector | str | None = None
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
         super().__init_subclass__()
-        if "name" not in vars(cls):
+        if "name" not in vars(cls) and not abstract:
             cls.name = cls.__name__
 
     def __post_init__(self) -> None:
@@ -143,15 +143,19 @@ class Method:
     @property
     def needs(self) -> tuple[Signal, ...]:
         """What the runtime must capture for `select`."""
-        scorer = self.active_scorer
-        if scorer is None or (self._composed and not self.active_selector.uses_scores):
-            return ()
-        return scorer.needs
+        scorer, selector = self.active_scorer, self.active_selector if self._composed else None
+        needs = () if selector is None else selector.needs
+        if scorer is None or (selector is not None and not selector.uses_scores):
+            return needs
+        return tuple(dict.fromkeys((*scorer.needs, *needs)))
 
     @property
     def needs_grid(self) -> bool:
         """Whether it looks at how tokens lie in a grid, so that none may be gone before it."""
-        return self._composed and self.active_selector.needs_grid
+        if not self._composed:
+            return False
+        scorer = self.active_scorer if self.active_selector.uses_scores else None
+        return self.active_selector.needs_grid or (scorer is not None and scorer.needs_grid)
 
     def check_keep(self, keep: float | int | None) -> Budget:
         """The budget for this method; raises `OptionError` where `keep` makes no sense for it."""
@@ -241,11 +245,15 @@ class Method:
         """
         return False
 
+    def counts(self, tokens: Tokens, scores: Tensor | None, budget: Budget) -> Tensor:
+        """How many tokens of each group the selector is asked for, `int64[G]` on the CPU."""
+        return budget.counts(tokens.lengths, tokens.parent)
+
     def select(self, tokens: Tokens, budget: Budget) -> Selection:
         """Decide which tokens of each group reach the LLM (not called at the encoder site)."""
         selector, scorer = self.active_selector, self.active_scorer
         scores = scorer(tokens) if scorer and selector.uses_scores else None
-        return selector(tokens, scores, budget.counts(tokens.lengths, tokens.parent))
+        return selector(tokens, scores, self.counts(tokens, scores, budget))
 
 
 @dataclass(frozen=True)

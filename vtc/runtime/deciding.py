@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtc.errors import NeverCompressedError, UnsupportedModeError
+from vtc.errors import InputError, NeverCompressedError, UnsupportedModeError
 from vtc.methods.base import Method
 from vtc.runtime.images import Images
 from vtc.runtime.peek import layer_input
 from vtc.runtime.short import gather_groups
 from vtc.scorers import RandomScores
 from vtc.steps import decisions
-from vtc.types import LLM_HIDDEN, Selection, Signal, Tokens
+from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Selection, Signal, Tokens
 
 if TYPE_CHECKING:
     from vtc.runtime.session import Session
@@ -74,11 +74,17 @@ def _tokens(
     drawn = [signal for signal in tower.signals.draws if signal in method.needs]
     if drawn or any(signal.name == "image_key" for signal in method.needs):
         signals["image_key"] = tower.keys(images, inputs)
+    if any(signal.name == ENCODER_ROW for signal in method.needs):
+        signals[ENCODER_ROW] = tower.encoder_rows(images)
+    asks = any(signal.name == TEXT for signal in method.needs)
+    text, text_valid = _text(session, images, inputs) if asks else (None, None)
     tokens = Tokens(
         features=features,
         valid=images.to(features.device).valid,
         grid=images.grids,
         parent=images.parent,
+        text=text,
+        text_valid=text_valid,
         signals=signals,
         seed=session.seed,
         parts=images.parts,
@@ -91,6 +97,31 @@ def _tokens(
         if signal.name == LLM_HIDDEN:
             signals[signal.key] = _llm_hidden(session, images, signal, left)
     return tokens
+
+
+def _text(session: Session, images: Images, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Embeddings of the text behind the last image of each row, `[B, M, D]`, and which are there,
+    `bool[B, M]`; nothing of rows without images."""
+    if session.prompt is not None:
+        embeds, mask = session.prompt[0]["inputs_embeds"], session.prompt[1]
+    else:
+        ids = inputs["input_ids"]
+        embeds = session.embedded(ids)
+        mask = torch.ones_like(ids) if (given := inputs.get("attention_mask")) is None else given
+    last = torch.full((len(mask),), mask.shape[1])
+    # of what the encoder gave, newlines too, the last column in each row
+    ends = torch.zeros_like(last).scatter_reduce_(
+        0, images.places[:, 0], images.places[:, 1], "amax"
+    )
+    last[images.rows] = ends[images.rows]
+    behind = (torch.arange(mask.shape[1]) > last[:, None]).to(mask.device) & (mask != 0)
+    if not bool(behind.any(-1)[images.rows.to(mask.device)].all()):
+        raise InputError(
+            f"method {session.method.name!r} compares images with the text behind them and a row "
+            "ends with an image, expected text after the last image of each row"
+        )
+    first = int(last.min()) + 1
+    return embeds[:, first:], behind[:, first:]
 
 
 def _llm_hidden(session: Session, images: Images, signal: Signal, left: Selection | None) -> Tensor:

@@ -22,7 +22,7 @@ from vtc.runtime.fast_encoder import Encoded
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.images import Images
 from vtc.runtime.short import Full, Short, gather_groups
-from vtc.types import LLM_HIDDEN, Selection
+from vtc.types import LLM_HIDDEN, TEXT, Selection
 
 if TYPE_CHECKING:
     from vtc.runtime.session import Session
@@ -67,7 +67,7 @@ class FastSelection:
     def refusal(self) -> str | None:
         """Why this method's decisions are not captured; None if they are."""
         session = self.session
-        if any(need.name in ("image_key", LLM_HIDDEN) for need in session.method.needs):
+        if any(need.name in ("image_key", LLM_HIDDEN, TEXT) for need in session.method.needs):
             return "the method needs more than the encoder gives"
         if session.tower.signals.draws:
             return "the method draws numbers on the host"

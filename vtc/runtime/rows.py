@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -110,6 +111,23 @@ class Run:
             self._packed(part, i, visual)
             for i, visual, part in zip(self.members, self.visuals, self.split(values), strict=True)
         ]
+
+    def encoder_rows(self) -> list[Tensor]:
+        """Which row of its image or video each LLM token is of, `int64[N]` each on the CPU; the one
+        that most of it is of where it is made of several. In a packed tower: which frame."""
+        return [
+            self._rows_of(i, v).argmax(0) for i, v in zip(self.members, self.visuals, strict=True)
+        ]
+
+    def _rows_of(self, which: int, visual: Visual) -> Tensor:
+        """How much of each row is in each LLM token, `[C, N]`."""
+        if len(visual.grids) < visual.rows and not visual.video:
+            # a thumbnail, whose grid is that of every crop, and a canvas of crops
+            units = math.prod(visual.grids[0])
+            shares = torch.eye(visual.rows)[..., None].expand(-1, -1, units)
+            return self._packed(shares, which, visual)
+        rows = [h * w for t, h, w in visual.grids for _ in range(t)]
+        return torch.eye(len(rows)).repeat_interleave(torch.tensor(rows), 1)
 
     def _packed(self, values: Tensor, which: int, visual: Visual) -> Tensor:
         """Numbers of units `[C, R, U]` of an image or video as those of its LLM tokens."""

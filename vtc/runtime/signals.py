@@ -1,4 +1,5 @@
-"""Attention rows of encoder blocks for methods that decide before the LLM."""
+"""What encoder blocks say of patches, for methods that decide before the LLM: rows of attention,
+keys and features."""
 
 from __future__ import annotations
 
@@ -12,9 +13,13 @@ from vtc.adapters.base import Encoder
 from vtc.errors import SignalError
 from vtc.runtime.layouts import PackedLayout, RowLayout
 from vtc.runtime.rows import Run
-from vtc.types import LLM_HIDDEN, Signal
+from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Signal
 
 _PIXELS = "image_key"
+_FEATURES = "encoder_features"
+_OF_CLS = ("cls_row", "cls_row_joint")
+_KEYS = ("keys", "mean_keys")
+_OF_BLOCKS = (*_OF_CLS, "received_row", *_KEYS, _FEATURES)
 _ROWS = {"mean_query_row": ops.mean_query_row, "received_row": ops.attention_received}
 # what is computed in the place of a [CLS] row, where a method declares it
 STAND_INS = {
@@ -35,27 +40,39 @@ class EncoderSignals:
         stand_in: what is read instead of [CLS] rows, or None.
 
     Raises:
-        SignalError: the encoder cannot give one of them, or a block window is empty on its depth.
+        SignalError: the encoder cannot give one of them, a block window is empty on its depth, or
+            vectors were asked for of several blocks.
     """
 
     def __init__(self, encoder: Encoder, needs: tuple[Signal, ...]) -> None:
         self._encoder = encoder
         self.windows = {
-            s: s.resolve(encoder.depth, encoder.tap) for s in needs if s.name == "cls_row"
+            s: s.resolve(encoder.depth, encoder.tap) for s in needs if s.name in _OF_BLOCKS
         }
-        known = ("cls_row", _PIXELS, LLM_HIDDEN)
+        known = (*_OF_BLOCKS, _PIXELS, LLM_HIDDEN, TEXT, ENCODER_ROW)
         if unknown := sorted({s.name for s in needs} - set(known)):
             raise SignalError(f"signal {unknown[0]!r} is unknown; expected one of {known}")
         self.kinds = {s: self._kind(s) for s in self.windows}
-        stand_ins = [STAND_INS[k] for k in self.kinds.values() if k != "cls_row"]
+        self._check_vectors()
+        asked = [(k, s) for s, k in self.kinds.items() if s.name in _OF_CLS]
+        stand_ins = [STAND_INS[k] for k, s in asked if k != s.name]
         self.stand_in = " and ".join(dict.fromkeys(stand_ins)) or None
         # by block and run: the rows `[R, U]` of each kind
         self._found: dict[tuple[int, str], list[Tensor]] = {}
         self._chunks: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
+        self._outputs: dict[int, list[Tensor]] = {}
+
+    def _check_vectors(self) -> None:
+        for signal, window in self.windows.items():
+            if signal.name in (*_KEYS, _FEATURES) and len(window) != 1:
+                raise SignalError(
+                    f"signal {signal.name!r} was asked for of {len(window)} blocks, expected one: "
+                    "it is a vector for each token"
+                )
 
     def _kind(self, signal: Signal) -> str:
-        if self._encoder.has_cls:
-            return "cls_row"
+        if self._encoder.has_cls or signal.name not in _OF_CLS:
+            return signal.name
         if signal.stand_in is None:
             raise SignalError(
                 "this method scores patches by the attention of [CLS], expected an encoder with a "
@@ -71,7 +88,14 @@ class EncoderSignals:
     @property
     def blocks(self) -> tuple[int, ...]:
         """The encoder blocks that are probed."""
-        read = [w for s, w in self.windows.items() if self.kinds[s] != "random_row"]
+        unprobed = ("random_row", _FEATURES)
+        read = [w for s, w in self.windows.items() if self.kinds[s] not in unprobed]
+        return tuple(sorted({b for window in read for b in window}))
+
+    @property
+    def feature_blocks(self) -> tuple[int, ...]:
+        """The encoder blocks whose output is read."""
+        read = [w for s, w in self.windows.items() if self.kinds[s] == _FEATURES]
         return tuple(sorted({b for window in read for b in window}))
 
     @property
@@ -83,31 +107,59 @@ class EncoderSignals:
         """Forget what an earlier call left."""
         self._found.clear()
         self._chunks.clear()
+        self._outputs.clear()
 
     def see(self, block: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Note one attention call of a block; a [CLS] needs one query of it alone."""
-        if self._encoder.has_cls:
+        if self._encoder.has_cls and "received_row" not in self._kinds_of(block):
             query = query[:, :, :1]
         self._chunks.setdefault(block, []).append((query, key, scale))
 
+    def see_output(self, block: int, hidden: Tensor) -> None:
+        """Note the output of a block, `[R, c + P, D]`, or packed `[T, D]`."""
+        self._outputs.setdefault(block, []).append(hidden.detach())
+
+    def _kinds_of(self, block: int) -> tuple[str, ...]:
+        """What is read off the attention of a block."""
+        found = (k for s, k in self.kinds.items() if block in self.windows[s])
+        return tuple(sorted(set(found) - {"random_row", _FEATURES}))
+
     def finish(self, run: Run) -> None:
-        """The tower has run over `run`: turn what was seen into rows."""
+        """The tower has run over `run`: turn what was seen into rows and vectors."""
         for block, chunks in self._chunks.items():
-            scale = chunks[0][2]
-            key = run.assembled([k for _, k, _ in chunks])
-            if self._encoder.has_cls:
-                rows = ops.attention_rows(run.assembled([q for q, _, _ in chunks]), key, scale)
-                self._note(block, "cls_row", run.by_unit(rows[:, 0, 1:]))
-                continue
-            query = run.assembled([q for q, _, _ in chunks])
+            query, key = (run.assembled([c[i] for c in chunks]) for i in (0, 1))
             valid = run.patches_valid
             if valid is None:
-                valid = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
-            for kind in {k for s, k in self.kinds.items() if block in self.windows[s]}:
-                if kind != "random_row":
-                    rows = _ROWS[kind](query, key, scale, valid)
-                    self._note(block, kind, run.by_unit(rows))
+                patches = key.shape[2] - int(self._encoder.has_cls)
+                valid = torch.ones(len(key), patches, dtype=torch.bool, device=key.device)
+            for kind in self._kinds_of(block):
+                found = self._read_off(kind, query, key, chunks[0][2], valid)
+                self._note(block, kind, _by_unit(run, found))
+        for block, outputs in self._outputs.items():
+            hidden = outputs[0]
+            if self._encoder.packed:
+                hidden = run.assembled([h.view(1, 1, -1, h.shape[-1]) for h in outputs])[:, 0]
+            self._note(block, _FEATURES, _by_unit(run, hidden[:, int(self._encoder.has_cls) :]))
         self._chunks.clear()
+        self._outputs.clear()
+
+    def _read_off(
+        self, kind: str, query: Tensor, key: Tensor, scale: float, valid: Tensor
+    ) -> Tensor:
+        """Numbers `[R, P]` or vectors `[R, P, D]` of the patches that are `valid [R, P]`."""
+        first = int(self._encoder.has_cls)
+        if kind in _KEYS:
+            keys = key[:, :, first:].float()
+            return keys.mean(1) if kind == "mean_keys" else keys.transpose(1, 2).flatten(2)
+        there = torch.cat([valid.new_ones(len(valid), first), valid], 1)
+        if kind in _OF_CLS:
+            query = query[:, :, :1]
+            if kind == "cls_row_joint":
+                # all heads side by side as one
+                scale *= query.shape[1] ** -0.5
+                query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
+            return ops.attention_rows(query, key, scale, there)[:, 0, first:]
+        return _ROWS[kind](query, key, scale, there)[:, first:]
 
     def finish_block(self, block: int, layout: RowLayout | PackedLayout) -> None:
         """A block of a tower that is being cut has run: turn what was seen into rows.
@@ -118,20 +170,14 @@ class EncoderSignals:
         if chunks is None:
             return
         queries = [query.to(layout.device) for query, _, _ in chunks]
-        keys = [key.to(layout.device) for _, key, _ in chunks]
-        key, scale = layout.assembled(keys), chunks[0][2]
+        key = layout.assembled([key.to(layout.device) for _, key, _ in chunks])
+        query = queries[0] if self._encoder.has_cls else layout.assembled(queries)
+        scale = chunks[0][2]
         patches = layout.valid.repeat_interleave(layout.m, 1)
-        found = {}
-        if self._encoder.has_cls:
-            there = torch.cat([patches.new_ones(len(patches), 1), patches], 1)
-            found["cls_row"] = ops.attention_rows(queries[0], key, scale, there)[:, 0, 1:]
-        else:
-            query = layout.assembled(queries)
-            for kind in {k for s, k in self.kinds.items() if block in self.windows[s]}:
-                if kind != "random_row":
-                    found[kind] = _ROWS[kind](query, key, scale, patches)
-        for kind, rows in found.items():
-            self._note(block, kind, layout.spread(rows.unflatten(1, (-1, layout.m)).mean(-1)))
+        for kind in self._kinds_of(block):
+            found = self._read_off(kind, query, key, scale, patches)
+            rows = found.unflatten(1, (-1, layout.m)).mean(2)
+            self._note(block, kind, _spread(layout, rows))
 
     def _note(self, block: int, kind: str, rows: Tensor) -> None:
         self._found.setdefault((block, kind), []).append(rows)
@@ -139,7 +185,7 @@ class EncoderSignals:
     def read(
         self, runs: list[Run], needs: Iterable[Signal] | None = None
     ) -> dict[str, list[Tensor]]:
-        """By key, for each image and video `float32[L, N]` in LLM tokens.
+        """By key, for each image and video `float32[L, N]` in LLM tokens; vectors are `[D, N]`.
 
         Args:
             runs: of the tower in this call.
@@ -163,7 +209,24 @@ class EncoderSignals:
             for i, run in enumerate(runs):
                 # blocks of a tower spread over devices leave them in several places
                 device = self._found[window[-1], kind][i].device
-                rows = torch.stack([self._found[b, kind][i].to(device) for b in window])
-                parts += run.to_tokens(rows)  # [L, R, U]
+                found = [self._found[b, kind][i].to(device) for b in window]
+                # [L, R, U], or of vectors [D, R, U]
+                rows = torch.stack(found) if found[0].dim() == 2 else found[0].movedim(-1, 0)
+                parts += run.to_tokens(rows)
             out[signal.key] = parts
         return out
+
+
+def _by_unit(run: Run, values: Tensor) -> Tensor:
+    """Numbers `[R, P]` or vectors `[R, P, D]` of patches as means over units."""
+    if values.dim() == 2:
+        return run.by_unit(values)
+    wide = run.by_unit(values.transpose(1, 2).flatten(0, 1))  # [R·D, U]
+    return wide.unflatten(0, (len(values), -1)).transpose(1, 2)
+
+
+def _spread(layout: RowLayout | PackedLayout, values: Tensor) -> Tensor:
+    """Numbers `[R, U]` or vectors `[R, U, D]` of the units left among all, 0 for the others."""
+    if values.dim() == 2:
+        return layout.spread(values)
+    return torch.stack([layout.spread(part) for part in values.unbind(-1)], -1)

@@ -25,7 +25,7 @@ from vtc.runtime.probe import probed
 from vtc.runtime.rows import Run, runs_of
 from vtc.runtime.signals import EncoderSignals
 from vtc.sites import Facts
-from vtc.types import Budget, Selection, Signal
+from vtc.types import VECTORS, Budget, Selection, Signal
 
 
 def facts_of(adapter: Adapter) -> Facts:
@@ -106,6 +106,11 @@ class Tower:
                 f"method {method.name!r} cuts inside the encoder and finds no block for it, "
                 f"expected more than the {self.facts.tap + 1} blocks up to the feature tap"
             )
+        if blocks and self.signals.feature_blocks:
+            raise SignalError(
+                f"method {method.name!r} looks at features of the encoder behind cuts between its "
+                "blocks, expected no such cuts: choose a stage that reads tokens of the LLM"
+            )
         self.cuts: EncoderCuts | None = None
         self.masked: MaskedCuts | None = None
         if blocks:
@@ -118,6 +123,7 @@ class Tower:
         self.clock: Clock | None = None
         self._runs: list[Run] = []
         self._keys: tuple[Images, Tensor] | None = None
+        self._rows: tuple[Images, Tensor] | None = None
 
     @contextmanager
     def recording(
@@ -149,12 +155,18 @@ class Tower:
             for block in self.signals.blocks:
                 see = partial(self._see, block)
                 stack.enter_context(probed(self.encoder.attentions[block], see))
-            if self.signals.blocks:
+            for block in self.signals.feature_blocks:
+                read = partial(self._see_output, block)
+                stack.callback(self.encoder.blocks[block].register_forward_hook(read).remove)
+            if self.signals.blocks or self.signals.feature_blocks:
                 stack.callback(self.adapter.tower.register_forward_hook(behind).remove)
             yield
 
     def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         self.signals.see(block, query, key, scale)
+
+    def _see_output(self, block: int, module: nn.Module, args: Any, output: Any) -> None:
+        self.signals.see_output(block, output[0] if isinstance(output, tuple) else output)
 
     def clear_cuts(self) -> None:
         """Forget what cuts left of an earlier call."""
@@ -185,11 +197,24 @@ class Tower:
         return self._keys[1]
 
     def read(self, needs: tuple[Signal, ...] | None = None) -> dict[str, Tensor]:
-        """Signals of the call by key, these or all: `float32[G, L, N]`, zeros on padding."""
-        return {
-            key: pad_sequence([p.T for p in parts], batch_first=True).transpose(1, 2)
-            for key, parts in self.signals.read(self._runs, needs).items()
-        }
+        """Signals of the call by key, these or all: rows `float32[G, L, N]` and vectors
+        `[G, N, D]`, zeros on padding."""
+        vectors = {s.key for s in self.signals.windows if s.name in VECTORS}
+        found = {}
+        for key, parts in self.signals.read(self._runs, needs).items():
+            padded = pad_sequence([p.T for p in parts], batch_first=True)
+            found[key] = padded if key in vectors else padded.transpose(1, 2)
+        return found
+
+    def encoder_rows(self, images: Images) -> Tensor:
+        """The crop, tile or frame of its image that each token is from, most of it where it is of
+        several: `int64[G, N]` on the CPU, 0 on padding."""
+        if self._rows is None or self._rows[0] is not images:
+            parts: list[Tensor] = []
+            for run in self._runs:
+                parts += run.encoder_rows()
+            self._rows = images, pad_sequence(parts, batch_first=True)
+        return self._rows[1]
 
     def inside(self, images: Images) -> Inside | None:
         """What cuts left of the patches of each image; None for methods without."""

@@ -14,10 +14,12 @@ from vtc.types import Signal, Tokens
 class Scorer(ABC):
     """Gives every token of every group a score. Subclasses are frozen dataclasses.
 
-    `name` is what users write to swap a method's scorer; `needs` is what the runtime must capture.
+    `name` is what users write to swap a method's scorer; `needs` is what the runtime must capture;
+    `needs_grid` says whether it looks at how tokens lie in a grid, so that none may be gone before.
     """
 
     name: ClassVar[str]
+    needs_grid: ClassVar[bool] = False
 
     @property
     def needs(self) -> tuple[Signal, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.checks import require_none
 from vtc.errors import VtcError
-from vtc.types import Selection, Tokens
+from vtc.types import Selection, Signal, Tokens
 
 Count = Literal["exact", "at_most", "adaptive"]
 
@@ -29,6 +29,11 @@ class Selector(ABC):
     uses_scores: ClassVar[bool] = True
     count: ClassVar[Count] = "exact"
     needs_grid: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """Signals read by `__call__`, scores aside."""
+        return ()
 
     @abstractmethod
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
