@@ -171,4 +171,5 @@ def widened(selection: Selection, left: Selection) -> Selection:
         positions=original(positions),
         merge=merge,
         parts=left.parts,
+        merged=selection.merged,
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -274,6 +275,8 @@ class Selection:
         merge: None, or the sparse triple `(slot, token, weight)`, each `[G, P]`: slots named there
             are weighted sums of tokens instead of copies; weight 0 is padding.
         parts: the grids of the parts of each group, as in `Tokens`; None: each is its one grid.
+        merged: what `merge` sums: tokens as the LLM gets them, or the encoder's features, projected
+            afterwards where the model projects one by one (the LLaVA lineage); elsewhere tokens.
     """
 
     keep: Tensor
@@ -285,6 +288,7 @@ class Selection:
     positions: Tensor | None = None
     merge: tuple[Tensor, Tensor, Tensor] | None = None
     parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
+    merged: Literal["llm", "encoder"] = "llm"
 
     def __post_init__(self) -> None:
         if self.positions is None:
@@ -398,7 +402,7 @@ class Selection:
             named |= dict(zip(("slot", "token", "weight"), self.merge, strict=True))
         tensors = {name: part.cpu().contiguous() for name, part in named.items()}
         meta = {"lengths": json.dumps(self.lengths), "grid": json.dumps(self.grid)}
-        meta["parts"] = json.dumps(self.parts)
+        meta |= {"parts": json.dumps(self.parts), "merged": self.merged}
         save_file(tensors, str(path), metadata=meta)
 
     @classmethod
@@ -419,6 +423,7 @@ class Selection:
             positions=part["positions"],
             merge=(part["slot"], part["token"], part["weight"]) if "slot" in part else None,
             parts=_as_parts(json.loads(meta.get("parts", "null"))),
+            merged=meta.get("merged", "llm"),
         )
 
 

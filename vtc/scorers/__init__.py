@@ -4,11 +4,13 @@ from vtc.scorers.base import Scorer
 from vtc.scorers.center import Center
 from vtc.scorers.cls_attention import ClsAttention
 from vtc.scorers.flow import Flow
+from vtc.scorers.isolation import Isolation
 from vtc.scorers.layer_contribution import LayerContribution
 from vtc.scorers.overview import Overview
 from vtc.scorers.random_scores import RandomScores
 from vtc.scorers.sink_filter import SinkFilter
 from vtc.scorers.sink_norm import SinkNorm
+from vtc.scorers.text_relevance import TextRelevance
 
 SCORERS: dict[str, type[Scorer]] = {
     s.name: s
@@ -21,6 +23,8 @@ SCORERS: dict[str, type[Scorer]] = {
         LayerContribution,
         SinkNorm,
         SinkFilter,
+        Isolation,
+        TextRelevance,
     )
 }
 
@@ -29,10 +33,12 @@ __all__ = [
     "Center",
     "ClsAttention",
     "Flow",
+    "Isolation",
     "LayerContribution",
     "Overview",
     "RandomScores",
     "Scorer",
     "SinkFilter",
     "SinkNorm",
+    "TextRelevance",
 ]

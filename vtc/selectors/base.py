@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.checks import require_none
+from vtc.dispatch import constant
 from vtc.errors import VtcError
 from vtc.types import Selection, Signal, Tokens
 
@@ -81,6 +82,14 @@ def selection_of(
         scores=scores,
         parts=tokens.parts,
     )
+
+
+def ascending(chosen: Tensor, counts: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The first `counts[g]` of `chosen int64[G, K]` of n tokens in ascending order, 0 where not
+    valid, and `bool[G, K]`; `counts` are on the CPU."""
+    counts = constant(counts, chosen.device)
+    valid = torch.arange(chosen.shape[1], device=chosen.device) < counts[:, None]
+    return chosen.masked_fill(~valid, n).sort(-1).values.masked_fill(~valid, 0), valid
 
 
 def mask_over(selection: Selection, valid: Tensor) -> Tensor:
