@@ -91,14 +91,16 @@ def test_crops_and_calls_without_selections_have_none():
 
 
 def test_means_are_over_the_samples_that_have_a_number():
-    found = means([{"a": 1, "b": None}, {"a": 2}, {"c": 0.5, "b": 3}])
+    found = means([{"a": 1, "b": None}, {"a": 2}, {"c": 0.5, "b": 3, "d": "torch", "e": [1.0]}])
     assert found == {"a": 1.5, "c": 0.5, "b": 3.0}
 
 
 class Report:
     visual_tokens, llm_tokens = (196, 100, 196), (22, 60, 98)
     kept_tokens = (22, 50, 98)
+    kept_fractions = (22 / 196, 0.5, 0.5)
     active_fractions = (0.1, 0.4, 0.25)
+    kernels = {"entropy": "torch", "gather": "triton", "top_k": "triton"}
     encoder_ms = selector_ms = ttft_ms = tpot_ms = kv_bytes = peak_memory_bytes = 1.0
 
 
@@ -108,6 +110,9 @@ def test_a_sample_counts_its_own_pictures_and_only_alone_has_times():
     assert found["kept_fraction"] == 0.5 and found["ttft_ms"] is None
     # weighted by tokens: 40 of 100 and 49 of 196
     assert found["active_fraction"] == 89 / 296
+    assert found["layer_mean_tokens"] == 89
+    assert found["image_kept_fractions"] == [0.5, 0.5]
+    assert found["kernels"] == "triton: gather top_k; torch: entropy"
     assert token_numbers(Report, range(1), alone=True)["ttft_ms"] == 1.0
 
 

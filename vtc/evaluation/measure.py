@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vtc.types import Selection
 
-Numbers = dict[str, float | int | None]
+# numbers or None; and a list of one per image, and the kernels that ran in words
+Numbers = dict[str, Any]
 
 # of one call: meaningful per sample only where the call holds one sample
 TIMES = ("encoder_ms", "selector_ms", "ttft_ms", "tpot_ms")
@@ -47,10 +48,23 @@ def token_numbers(report: Any, images: range, alone: bool) -> Numbers:
         "kept_tokens": kept,
         "kept_fraction": kept / visual if visual else None,
         "active_fraction": active / visual if visual else None,
+        "layer_mean_tokens": active,
+        "image_kept_fractions": [report.kept_fractions[i] for i in images],
+        "kernels": _kernels(report.kernels),
     }
     for name in (*TIMES, *MEMORY):
         numbers[name] = getattr(report, name) if alone else None
     return numbers
+
+
+def _kernels(ran: Mapping[str, str]) -> str:
+    """`torch`, or which operations ran in Triton: `triton: gather top_k; torch: entropy`."""
+    found: dict[str, list[str]] = {}
+    for operation, kind in ran.items():
+        found.setdefault(kind, []).append(operation)
+    if found.keys() <= {"torch"}:
+        return "torch"
+    return "; ".join(f"{kind}: {' '.join(found[kind])}" for kind in sorted(found, reverse=True))
 
 
 def evidence_numbers(
@@ -134,11 +148,11 @@ def _share(mask: Tensor, wanted: Tensor) -> float:
     return int((mask.cpu()[: len(wanted)] & wanted).sum()) / int(wanted.sum())
 
 
-def means(samples: Iterable[Mapping[str, float | int | None]]) -> dict[str, float]:
-    """The mean of every number over the samples that have it."""
+def means(samples: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of every number over the samples that have it; what is no number is left out."""
     values: dict[str, list[float]] = {}
     for sample in samples:
         for name, value in sample.items():
-            if value is not None:
+            if isinstance(value, (int, float)):
                 values.setdefault(name, []).append(float(value))
     return {name: sum(found) / len(found) for name, found in values.items()}
