@@ -97,15 +97,15 @@ def _memory(column: Any, rows: Sequence[Row], axis: str) -> None:
             axes.axvline(min(over), color=color, lw=1, ls=":")
         column[0].annotate(
             f"{name}: out of memory at {min(over)}",
-            (min(over), 0.98),
+            (min(over), 0.02),
             xycoords=("data", "axes fraction"),
-            xytext=(-4, -2),
+            xytext=(-4, 2),
             textcoords="offset points",
             ha="right",
             fontsize=8.5,
             color=color,
             rotation=90,
-            va="top",
+            va="bottom",
         )
         if whole is not None:
             column[1].plot(

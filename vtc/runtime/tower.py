@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,6 +25,10 @@ from vtc.runtime.rows import Run, runs_of
 from vtc.runtime.signals import EncoderSignals
 from vtc.sites import Facts
 from vtc.types import VECTORS, Budget, Selection, Signal
+
+# of splitmix64, as a signed number
+_ODD = -0x61C8864680B583EB
+_POSITIVE = 2**63 - 1
 
 
 def facts_of(adapter: Adapter) -> Facts:
@@ -193,7 +196,8 @@ class Tower:
         """A number made from the pixels of each image alone, `int64[G]` on the CPU."""
         if self._keys is None or self._keys[0] is not images:
             pixels = self.adapter.pixels(inputs, list(images.visuals))
-            self._keys = images, torch.tensor([_key(p) for p in pixels])
+            # one copy to the host for all of them
+            self._keys = images, torch.stack([_key(p) for p in pixels]).cpu()
         return self._keys[1]
 
     def read(self, needs: tuple[Signal, ...] | None = None) -> dict[str, Tensor]:
@@ -237,5 +241,13 @@ class Tower:
         return pad_sequence(parts, batch_first=True)
 
 
-def _key(pixels: Tensor) -> int:
-    return zlib.crc32(pixels.detach().float().cpu().contiguous().numpy().tobytes())
+def _key(pixels: Tensor) -> Tensor:
+    """A number from the bits of all values and their places, the same on every device.
+
+    Whole numbers that wrap, so that their sum does not depend on its order. Values are not copied
+    to the host: of a large picture that takes longer than its prefill.
+    """
+    bits = pixels.detach().float().flatten().contiguous().view(torch.int32).long()
+    place = torch.arange(len(bits), device=bits.device)
+    mixed = (bits ^ (place * _ODD)) * _ODD
+    return ((mixed ^ (mixed >> 29)) * _ODD).sum() & _POSITIVE
