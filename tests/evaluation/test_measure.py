@@ -1,5 +1,7 @@
 """Evidence recall and means against direct statements of them."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -100,7 +102,7 @@ class Report:
     kept_tokens = (22, 50, 98)
     kept_fractions = (22 / 196, 0.5, 0.5)
     active_fractions = (0.1, 0.4, 0.25)
-    kernels = {"entropy": "torch", "gather": "triton", "top_k": "triton"}
+    kernels: ClassVar = {"entropy": "torch", "gather": "triton", "top_k": "triton"}
     encoder_ms = selector_ms = ttft_ms = tpot_ms = kv_bytes = peak_memory_bytes = 1.0
 
 
