@@ -16,6 +16,7 @@ Row = dict[str, Any]
 KEYS = {
     "kernels": ("op", "case", "provider", "dtype"),
     "ttft": ("model", "batch", "images", "method", "keep", "options", "path", "attention"),
+    "selection": ("model", "method", "keep", "options", "path"),
     "scale": ("model", "axis", "batch", "images", "method", "keep", "path"),
 }
 
