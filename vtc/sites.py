@@ -9,7 +9,7 @@ A unit is what becomes one LLM token: its m patches live or die together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,6 +118,47 @@ class Cut:
 
 
 @dataclass(frozen=True, eq=False)
+class Entrance:
+    """What the first decoder layer got, before any cut between layers.
+
+    Letters: E entries of the prompt then.
+
+    Attributes:
+        embeds: `[B, E, D]`, the input embeddings.
+        mask: `bool[B, E]`, False on padding.
+        visual: `bool[B, E]`, True on visual tokens.
+        entry: `int64[B, S]`, which of the E each entry of the view is.
+        angles: cosines and sines of the rotary positions of the S entries, `[B, S, d]` each; on
+            some versions `[3, B, S, d]` with M-RoPE.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    visual: Tensor
+    entry: Tensor
+    angles: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """What one decoder layer's attention computes with.
+
+    Attributes:
+        query: as in `LayerView`, like the others.
+        key: likewise.
+        value: likewise.
+        scale: likewise.
+        held: likewise.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    held: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class LayerView:
     """The sequence as one decoder layer's attention saw it, in the prefill of a call with images.
 
@@ -142,6 +183,11 @@ class LayerView:
         image_key: `int64[G]` on the CPU, a number made from the pixels of each image; None where
             the method's `needs` do not name it.
         seed: the seed given to `vtc.patch`.
+        held: `bool[B, T − S]`, what of the cache may be attended to; None: all of it.
+        facts: of the model; None: not known.
+        entrance: gives what the first layer got; None: not known.
+        final_norm: the language model's last norm, `[..., D]` to `[..., D]`; None: not known.
+        ahead: see `next_layer`; None: not known.
     """
 
     layer: int
@@ -160,6 +206,34 @@ class LayerView:
     newlines: Tensor | None = None
     image_key: Tensor | None = None
     seed: int = 0
+    held: Tensor | None = None
+    facts: Facts | None = None
+    entrance: Callable[[], Entrance] | None = None
+    final_norm: Callable[[Tensor], Tensor] | None = None
+    ahead: Callable[[bool], Heads] | None = None
+
+    @property
+    def reachable(self) -> Tensor:
+        """`bool[B, T]`: the keys that the last entry of each row may attend to."""
+        past = self.key.shape[2] - self.mask.shape[1]
+        held = self.mask.new_ones(len(self.mask), past) if self.held is None else self.held
+        return torch.cat([held.to(self.mask.device), self.mask], 1)
+
+    def next_layer(self, rotary: bool = True) -> LayerView:
+        """The same entries as the next layer's attention would see them if none were dropped: its
+        queries, keys and values are projected from `hidden`. Costs about as much as its attention.
+
+        Args:
+            rotary: whether rotary positions are applied to them.
+        """
+        if self.ahead is None:
+            raise VtcError(
+                f"the view of decoder layer {self.layer} does not know the next layer, expected "
+                "one made by vtc.patch"
+            )
+        heads = self.ahead(rotary)
+        named = {field: getattr(heads, field) for field in Heads.__dataclass_fields__}
+        return replace(self, **named)
 
     def narrowed(self, keep: Tensor) -> LayerView:
         """What is left when only the tokens at `bool[G, N]` stay, and newlines of rows of theirs.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vtc
-from tests.methods.views import run_encoder, stated_view
+from tests.methods.views import run_encoder, stated_layer, stated_view
 from vtc.types import Budget, Tokens
 
 CASES = [
@@ -28,7 +28,15 @@ def test_golden_in_the_encoder(case: dict[str, Any]) -> None:
     assert [row for (row,) in got] == case["kept"]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "blocks" not in c.values[0]])
+@pytest.mark.parametrize("case", [c for c in CASES if "entries" in c.values[0]])
+def test_golden_between_decoder_layers(case: dict[str, Any]) -> None:
+    view = stated_layer(case)
+    method = vtc.method(case["method"], **case.get("options", {}))
+    keep = method.layer_cut(view, Budget.of(case["keep"]))
+    assert keep[0].nonzero()[:, 0].tolist() == case["kept"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not {"blocks", "entries"} & set(c.values[0])])
 def test_golden(case: dict[str, Any]) -> None:
     t, h, w = case["grid"]
     n = t * h * w
@@ -54,7 +62,8 @@ def test_golden(case: dict[str, Any]) -> None:
 
 def test_every_method_that_chooses_by_rule_has_goldens() -> None:
     # what methods over decoder layers say is pinned in tests/families/test_rows_plans.py
-    choosing = [n for n in vtc.methods() if vtc.method(n).site not in ("llm_rows", "llm_layer")]
+    apart = {name for name in vtc.methods() if vtc.method(name).site == "llm_rows"}
+    choosing = [name for name in vtc.methods() if name not in apart | {"sink_removal"}]
     counted = {name: sum(c.values[0]["method"] == name for c in CASES) for name in choosing}
     chance = {"random", "none"}  # their properties are in test_universal.py
     assert all(count >= 3 for name, count in counted.items() if name not in chance), counted

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vtc.methods.base import Method
-from vtc.sites import BlockView, LayerView
+from vtc.sites import BlockView, Entrance, Facts, Heads, LayerView
 from vtc.types import Budget
 
 
@@ -199,3 +199,61 @@ def layer_view(
         value=parts.get("value", made["value"]),
         scale=parts.get("scale", dim**-0.5),
     )
+
+
+def stated_layer(case: Mapping[str, Any]) -> LayerView:
+    """A prompt of v (visual), t (text) and a blank for padding at the left, one head, one image.
+
+    `query`, `key` and `hidden` hold a row for each entry; `last_row` says in the place of the first
+    two what the last entry attends to: a softmax of the logarithms of these numbers. What the next
+    layer computes with is `next_row`, in the same way; `embeds` are the input embeddings. `layer`,
+    `depth` and `heads` are of the model.
+    """
+    entries = case["entries"]
+    visual = torch.tensor([kind == "v" for kind in entries])
+    columns = visual.nonzero()[:, 0]
+    query, key = (_rows(case.get(name), len(entries)) for name in ("query", "key"))
+    if "last_row" in case:
+        query, key = _looking(case["last_row"])
+    empty = torch.zeros(1, 1, len(entries), 1)
+    hidden = _rows(case.get("hidden"), len(entries))[0]
+    entrance = Entrance(
+        embeds=_rows(case.get("embeds"), len(entries))[0],
+        mask=torch.tensor([[kind != " " for kind in entries]]),
+        visual=visual[None],
+        entry=torch.arange(len(entries))[None],
+        angles=(torch.ones(1, len(entries), 2), torch.zeros(1, len(entries), 2)),
+    )
+
+    def ahead(rotary: bool) -> Heads:
+        return Heads(*_looking(case["next_row"]), empty, 1.0)
+
+    return LayerView(
+        layer=case["layer"],
+        valid=torch.ones(1, len(columns), dtype=torch.bool),
+        index=torch.arange(len(columns))[None],
+        columns=columns[None],
+        parent=torch.zeros(1, 2, dtype=torch.int64),
+        tokens=(case.get("tokens", len(columns)),),
+        mask=entrance.mask,
+        visual=visual[None],
+        query=query,
+        key=key,
+        value=empty,
+        scale=1.0,
+        hidden=hidden,
+        facts=Facts(24, 22, True, 1, False, case.get("depth", 32), llm_heads=1),
+        entrance=lambda: entrance,
+        final_norm=lambda x: x,
+        ahead=ahead,
+    )
+
+
+def _rows(given: Sequence[Sequence[float]] | None, n: int) -> torch.Tensor:
+    return torch.tensor(given if given is not None else [[0.0]] * n)[None, None]
+
+
+def _looking(shares: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of one and keys whose softmax is in the proportion of these numbers."""
+    key = torch.tensor(shares).clamp_min(1e-9).log()[None, None, :, None]
+    return torch.ones_like(key), key

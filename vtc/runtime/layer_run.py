@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vtc.errors import SignalError, UnsupportedModeError
+from vtc.runtime.ahead import projected
 from vtc.runtime.layer_cache import GroupMasks, LayerState, filled, remember
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage, repeated
-from vtc.sites import LayerView
+from vtc.sites import Entrance, Heads, LayerView
 
 
 class LayerRun:
     """One run of the language model: a prefill, or a step behind one.
 
     Args:
-        config: that of the language model.
+        model: the language model.
         cuts: the layers after which something may be dropped, ascending.
         first_group: the first group of layers that needs masks of its own in later steps.
         state: what the cache remembers.
@@ -34,19 +36,19 @@ class LayerRun:
 
     def __init__(
         self,
-        config: Any,
+        model: Any,
         cuts: tuple[int, ...],
         first_group: int,
         state: LayerState | None,
         given: dict[str, Any],
     ) -> None:
-        self._config = config
+        self._config, self._layers = model.config, model.layers
         self._cuts = cuts
         self._first_group = first_group
         self._state = state
         self._cache = given.get("past_key_values")
-        entries = given.get("inputs_embeds")
-        entries = given["input_ids"] if entries is None else entries
+        embeds = given.get("inputs_embeds")
+        entries = given["input_ids"] if embeds is None else embeds
         self._batch, self._new = entries.shape[:2]
         self._device = entries.device
         # one layer stands for its group
@@ -55,6 +57,7 @@ class LayerRun:
         static = bool(getattr(self._cache, "is_compileable", False))
         mask = given.get("attention_mask")
         self._masks = GroupMasks(state, mask, self._before, self._batch, self._new, static)
+        self._embeds: Tensor | None = embeds
         self.stages: list[Stage] = []
         self.decisions: list[LayerDecision] = []
         self._seen: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
@@ -89,7 +92,7 @@ class LayerRun:
         stage = None
         if self.stages:
             while len(self.stages) <= group:
-                self.stages.append(self._cut(self._cuts[len(self.stages) - 1], hidden))
+                self.stages.append(self._cut(self._cuts[len(self.stages) - 1], hidden, given))
             if self.stages[group] is not self.stages[0]:
                 stage = self.stages[group]
         if stage is None and (self._state is None or group < self._first_group):
@@ -130,8 +133,8 @@ class LayerRun:
     def _repeated(self, x: Tensor) -> Tensor:
         return repeated(x, self._batch // len(x))
 
-    def _cut(self, layer: int, hidden: Tensor) -> Stage:
-        """The stage behind a layer that decides."""
+    def _cut(self, layer: int, hidden: Tensor, given: dict[str, Any]) -> Stage:
+        """The stage behind a layer that decides; `given` to the layer behind it."""
         if layer not in self._seen or self._decide is None:
             raise SignalError(
                 f"the attention of decoder layer {layer} was not seen, expected it to look its "
@@ -141,10 +144,8 @@ class LayerRun:
         stage = self.stages[-1].to(query.device)
         if layer in self.asking:
             query = _over_all(query, stage.entries, *self.asking.pop(layer))
-        copies = self._batch // len(stage.mask)
-        entries = stage.entries - stage.extra
-        held = self._before[len(self.stages) - 1] + entries
-        heads = query.shape[1] // key.shape[1]
+        entries, group = stage.entries - stage.extra, len(self.stages) - 1
+        heads = self._heads((query, key, value, scale), entries, group)
         view = LayerView(
             layer=layer,
             valid=stage.valid,
@@ -154,17 +155,82 @@ class LayerRun:
             tokens=stage.placed.tokens,
             mask=stage.mask[:, :entries],
             visual=stage.visual[:, :entries],
-            query=query[::copies, :, :entries],
-            key=key[::copies, :, :held].repeat_interleave(heads, 1),
-            value=value[::copies, :, :held].repeat_interleave(heads, 1),
+            query=heads.query,
+            key=heads.key,
+            value=heads.value,
             scale=scale,
+            held=heads.held,
             newlines=stage.newlines,
-            hidden=hidden[::copies, :entries].to(query.device),
+            hidden=hidden[:: self._copies, :entries].to(query.device),
+            entrance=partial(self._entrance, stage, entries, given),
+            ahead=partial(self._ahead, hidden, stage, given, group),
         )
         before = self.stages[-1]  # wherever it lies
         after = before.cut(self._decide(view).to(before.mask.device))
         self.decisions.append(LayerDecision(layer, after.keep, after.entries))
         return after
+
+    @property
+    def _copies(self) -> int:
+        """How often each row of the prompt is repeated, for beams."""
+        return self._batch // len(self.stages[0].mask)
+
+    def _heads(self, seen: tuple[Tensor, Tensor, Tensor, float], entries: int, group: int) -> Heads:
+        """What an attention of some group of layers computed with, for the rows of the prompt.
+
+        Keys and values of what its cache held stand before those of the entries.
+        """
+        query, key, value, scale = seen
+        copies, held = self._copies, self._before[group]
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (
+            x[::copies, :, : held + entries].repeat_interleave(repeats, 1) for x in (key, value)
+        )
+        mask, _ = self._masks.held(group)
+        return Heads(
+            query=query[::copies, :, :entries],
+            key=key,
+            value=value,
+            scale=scale,
+            held=None if mask is None else mask[::copies].to(query.device),
+        )
+
+    def _entrance(self, stage: Stage, entries: int, given: dict[str, Any]) -> Entrance:
+        """What the first layer got, on the device of the stage."""
+        if self._embeds is None:
+            raise UnsupportedModeError(
+                "the language model was given ids, expected embeddings: images were given and "
+                "their features are among them"
+            )
+        device, first = stage.mask.device, self.stages[0]
+        whole = first.length - first.extra
+        angles = [
+            stage.rope(x, self._batch)[..., :: self._copies, :entries, :].to(device)
+            for x in given["position_embeddings"]
+        ]
+        return Entrance(
+            embeds=self._embeds[:: self._copies, :whole].to(device),
+            mask=first.mask[:, :whole].to(device),
+            visual=first.visual[:, :whole].to(device),
+            entry=stage.columns[:, :entries],
+            angles=(angles[0], angles[1]),
+        )
+
+    def _ahead(
+        self, hidden: Tensor, stage: Stage, given: dict[str, Any], group: int, rotary: bool
+    ) -> Heads:
+        """What the layer behind a group's would compute with if nothing were dropped."""
+        cosine, sine = (stage.rope(x, self._batch) for x in given["position_embeddings"])
+        if not rotary:
+            cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
+        layer, before, cache = self._cuts[group] + 1, self._before[group + 1], self._cache
+        held = cache.layers[layer] if before and cache is not None else None
+        seen = projected(self._layers[layer], hidden, (cosine, sine), held, before)
+        heads = self._heads(seen, stage.entries - stage.extra, group + 1)
+        device = stage.mask.device
+        query, key, value = (x.to(device) for x in (heads.query, heads.key, heads.value))
+        there = None if heads.held is None else heads.held.to(device)
+        return Heads(query, key, value, heads.scale, there)
 
     def lengths(self) -> tuple[int, ...]:
         """Entries that the layers of each group hold after a prefill."""

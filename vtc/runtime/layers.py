@@ -26,7 +26,7 @@ from vtc.runtime.layer_cache import remembered
 from vtc.runtime.layer_run import LayerRun
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage
 from vtc.runtime.probe import probed
-from vtc.sites import LayerView, checked_cut
+from vtc.sites import Facts, LayerView, checked_cut
 from vtc.types import Budget
 
 
@@ -42,6 +42,7 @@ class LayerSeam:
         method: decides, by `layer_cut`.
         layers: the layers after which it decides, 0-based.
         budget_of: the budget in force.
+        facts: of the model, for methods that go by them.
 
     Raises:
         SignalError: the model has no such layers, or none that can be cut after.
@@ -54,12 +55,13 @@ class LayerSeam:
         method: Method,
         layers: tuple[int, ...],
         budget_of: Callable[[], Budget],
+        facts: Facts | None = None,
     ) -> None:
         self._adapter = adapter
         self._language_model: Any = adapter.language_model
         self._method = method
         self._cuts = tuple(sorted(set(layers)))
-        self._budget_of = budget_of
+        self._budget_of, self._facts = budget_of, facts
         self._drawing: tuple[Tensor | None, int] = None, 0
         _check(adapter, self._cuts)
         self._hooks: list[Any] = []
@@ -179,7 +181,7 @@ class LayerSeam:
             return
         check_mode(module)
         first = 0 if self._method.drops_earlier_kv else 1
-        run = LayerRun(self._language_model.config, self._cuts, first, state, given)
+        run = LayerRun(self._language_model, self._cuts, first, state, given)
         if expected is not None:
             run.begin(*expected, self._decide)
             for layer in self._cuts:
@@ -204,7 +206,8 @@ class LayerSeam:
 
     def _decide(self, view: LayerView) -> Tensor:
         image_key, seed = self._drawing
-        view = replace(view, image_key=image_key, seed=seed)
+        norm = getattr(self._language_model, "norm", None)
+        view = replace(view, image_key=image_key, seed=seed, facts=self._facts, final_norm=norm)
         with torch.no_grad():
             keep = self._method.layer_cut(view, self._budget_of())
         return checked_cut(self._method.name, view, keep)

@@ -114,10 +114,10 @@ class Session:
         self.policy: Policy = policy
         self.seed = seed
         self.tower = Tower(adapter, method)
-        self.layers = LayerSeam(
-            adapter, method, method.llm_layers(self.tower.facts, budget), lambda: self.budget
-        )
         facts = self.tower.facts
+        self.layers = LayerSeam(
+            adapter, method, method.llm_layers(facts, budget), lambda: self.budget, facts
+        )
         self.rows = RowSeam(
             adapter, self._plan(), method.rule_layers(facts), method.layer_rule, self.layers
         )

@@ -6,6 +6,7 @@ from vtc.scorers.cls_attention import ClsAttention
 from vtc.scorers.flow import Flow
 from vtc.scorers.isolation import Isolation
 from vtc.scorers.layer_contribution import LayerContribution
+from vtc.scorers.layer_rows import LastRow
 from vtc.scorers.overview import Overview
 from vtc.scorers.random_scores import RandomScores
 from vtc.scorers.sink_filter import SinkFilter
@@ -21,6 +22,7 @@ SCORERS: dict[str, type[Scorer]] = {
         Overview,
         Flow,
         LayerContribution,
+        LastRow,
         SinkNorm,
         SinkFilter,
         Isolation,
@@ -33,6 +35,7 @@ __all__ = [
     "Center",
     "ClsAttention",
     "Flow",
+    "LastRow",
     "Isolation",
     "LayerContribution",
     "Overview",

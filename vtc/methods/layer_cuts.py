@@ -1,0 +1,170 @@
+"""What methods have in common that cut between decoder layers on a published schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vtc.errors import OptionError, SignalError, VtcError
+from vtc.methods.base import Exactness, Method, Site
+from vtc.scorers.layer_rows import READERS, seen_tokens
+from vtc.selectors import Count, Selector, TopK, mask_over
+from vtc.sites import Facts, LayerView
+from vtc.types import Budget, Signal, round_half_up, scale_layer
+
+# decoder layers of the models that schedules were published for
+PUBLISHED_DEPTH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCuts(Method, abstract=True):
+    """A method whose scorer and selector decide between decoder layers.
+
+    Subclasses say behind which layers (`cuts`) and what share of an image's tokens is left behind
+    each of them (`shares`). Between layers, position ids are kept whatever the policy.
+
+    Args:
+        budget: what `keep` counts: the tokens left behind the `"last"` cut, or their average over
+            all decoder layers (`"layer_mean"`), as many papers' tables do.
+    """
+
+    site: ClassVar[Site] = "llm_layer"
+    exactness: ClassVar[Exactness] = "layer_mask"
+    published_positions: ClassVar[Literal["keep"]] = "keep"
+
+    budget: Literal["last", "layer_mean"] = "last"
+
+    @property
+    def count(self) -> Count:  # type: ignore[override]  # the rest of the package only reads it
+        """Exact behind the last cut; as an average, what is left there is less."""
+        return "exact" if self.budget == "last" else "at_most"
+
+    @property
+    def _composed(self) -> bool:
+        return True
+
+    def default_selector(self) -> Selector:
+        """The highest scores."""
+        return TopK()
+
+    def cuts(self, facts: Facts) -> tuple[int, ...]:
+        """For each stage the decoder layer behind which it cuts, ascending."""
+        raise NotImplementedError(f"{type(self).__name__} must define cuts")
+
+    def shares(self, share: float) -> tuple[float, ...]:
+        """What is left behind each stage, if `share` of an image's tokens is left in the end."""
+        return (share,)
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """A number made from the pixels, for scorers that draw; all else is in the view."""
+        return tuple(signal for signal in super().needs if signal.name == "image_key")
+
+    def check_facts(self, facts: Facts) -> None:
+        """Layers that profit from the last cut, and a scorer that fits."""
+        if facts.llm_depth < 2 or self.cuts(facts)[-1] > facts.llm_depth - 2:
+            raise SignalError(
+                f"method {self.name!r} drops visual tokens after decoder layer "
+                f"{self.cuts(facts)[-1]}, expected an LLM with layers behind it, got "
+                f"{facts.llm_depth} layers: choose a method that acts before the LLM"
+            )
+        asked = {signal.name for signal in super().needs}
+        if unknown := sorted(asked - {*READERS, "image_key"}):
+            raise SignalError(
+                f"method {self.name!r} got a scorer that needs {unknown[0]!r}, expected one that "
+                f"needs none but {', '.join(sorted({*READERS, 'image_key'}))}: nothing else is "
+                "known between decoder layers"
+            )
+
+    def llm_layers(self, facts: Facts, budget: Budget | None = None) -> tuple[int, ...]:
+        """The layers behind which it cuts."""
+        if budget is not None and isinstance(budget.keep, float):
+            self._final_share(budget.keep, facts)
+        return tuple(sorted(set(self.cuts(facts))))
+
+    def wanted(self, n: int, budget: Budget, facts: Facts) -> tuple[int, ...]:
+        """Tokens of an image of `n` that are left behind each stage, if it had as many."""
+        last = budget.count(n)
+        share = self._final_share(last / n, facts)
+        counts = [max(1, min(round_half_up(part * n), n)) for part in self.shares(share)]
+        if self.budget == "last":
+            counts = [max(last, count) for count in counts[:-1]] + [last]
+        return tuple(counts)
+
+    def _final_share(self, share: float, facts: Facts) -> float:
+        """What is left behind the last cut if `share` is what the budget says."""
+        return share if self.budget == "last" else self._solved(share, facts)
+
+    def _solved(self, mean: float, facts: Facts) -> float:
+        """The last share with which the average over decoder layers is `mean`."""
+        least = self.layer_mean(0.0, facts)
+        if mean <= least:
+            raise OptionError(
+                f"method {self.name!r} got keep={mean:.4g} as an average over decoder layers, "
+                f"expected more than {least:.4g}: as much is spent before its cuts, at layers "
+                f"{self.cuts(facts)} of {facts.llm_depth}; pass budget='last' or more"
+            )
+        return _bisected(self, mean, facts)
+
+    def layer_mean(self, share: float, facts: Facts) -> float:
+        """The share of tokens averaged over decoder layers, if `share` is left in the end."""
+        ends = [0, *(cut + 1 for cut in self.cuts(facts)), facts.llm_depth]
+        spans = [after - before for before, after in pairwise(ends)]
+        parts = (1.0, *self.shares(share))
+        return sum(n * part for n, part in zip(spans, parts, strict=True)) / facts.llm_depth
+
+    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+        """What the scorer and the selector leave of each image, `bool[G, N]`."""
+        facts = _facts(self.name, view)
+        # stages that fall on the same layer are one: the last of them counts
+        stage = max(i for i, layer in enumerate(self.cuts(facts)) if layer == view.layer)
+        left = view.valid.sum(-1).cpu()
+        images = view.parent[:, 0].tolist()
+        wanted = [self.wanted(view.tokens[i], budget, facts)[stage] for i in images]
+        counts = torch.minimum(left, torch.tensor(wanted, dtype=left.dtype))
+        if torch.equal(left, counts):
+            return view.valid
+        return self.chosen(view, counts)
+
+    def chosen(self, view: LayerView, counts: Tensor) -> Tensor:
+        """Which `counts[g]` of the tokens of each group stay, `bool[G, N]`."""
+        scorer, selector = self.active_scorer, self.active_selector
+        scores = None
+        tokens = seen_tokens(view, super().needs)
+        if scorer is not None and selector.uses_scores:
+            scores = scorer(tokens)
+        return mask_over(selector(tokens, scores, counts), view.valid)
+
+
+def cut_before(layer: int, facts: Facts) -> int:
+    """Behind which layer is cut so that a layer, published for 32, is the first without what goes;
+    later where encoder features are added behind the first layers."""
+    return max(scale_layer(layer, PUBLISHED_DEPTH, facts.llm_depth) - 1, facts.first_layer_cut)
+
+
+def cut_behind(layer: int, facts: Facts) -> int:
+    """The layer, published for 32, that is the last to see what goes."""
+    return max(scale_layer(layer, PUBLISHED_DEPTH, facts.llm_depth), facts.first_layer_cut)
+
+
+def _facts(name: str, view: LayerView) -> Facts:
+    if view.facts is None:
+        raise VtcError(
+            f"method {name!r} got a view of decoder layer {view.layer} of no model, expected one "
+            "with facts"
+        )
+    return view.facts
+
+
+@lru_cache(maxsize=256)
+def _bisected(method: LayerCuts, mean: float, facts: Facts) -> float:
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if method.layer_mean(middle, facts) < mean else (low, middle)
+    return high

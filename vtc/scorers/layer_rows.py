@@ -1,0 +1,101 @@
+"""What text looks at in a decoder layer, for methods that cut between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vtc import ops
+from vtc.errors import InputError
+from vtc.scorers.base import Scorer
+from vtc.scorers.flow import last_entry
+from vtc.sites import LayerView
+from vtc.types import Signal, Tokens
+
+
+@dataclass(frozen=True)
+class LastRow(Scorer):
+    """Attention that the last entry of the prompt pays to each visual token of it, heads averaged.
+
+    The softmax runs over all that the entry may attend to, text and cache included. Only methods
+    that cut between decoder layers can give it.
+
+    Args:
+        ahead: that of the layer behind the cut instead, as it would be without it.
+    """
+
+    name: ClassVar[str] = "last_row"
+    ahead: bool = False
+
+    @property
+    def needs(self) -> tuple[Signal, ...]:
+        """The row of one layer."""
+        return (Signal("next_last_row" if self.ahead else "last_row"),)
+
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """Scores `float32[G, N]`."""
+        return tokens.signal(self.needs[0].key)
+
+
+def last_row(view: LayerView) -> Tensor:
+    """The row of `LastRow`, `float32[G, N]`, 0 on padding.
+
+    Raises:
+        InputError: a prompt ends with its image.
+    """
+    last = last_entry(view)
+    row = view.parent[:, 1]
+    if bool(view.visual.gather(1, last[:, None])[row].any()):
+        raise InputError(
+            "the method asks the last token of a prompt what it looks at, expected text after the "
+            "image, got a prompt that ends with it: put text there"
+        )
+    at = last[:, None, None, None].expand(-1, view.query.shape[1], 1, view.query.shape[3])
+    query = view.query.gather(2, at)
+    return of_tokens(view, ops.attention_rows(query, view.key, view.scale, view.reachable)[:, 0])
+
+
+def next_last_row(view: LayerView) -> Tensor:
+    """The same of the layer behind the cut."""
+    return last_row(view.next_layer())
+
+
+def of_tokens(view: LayerView, row: Tensor) -> Tensor:
+    """Numbers of keys `[B, T]` as those of the visual tokens `[G, N]`, 0 on padding."""
+    past = row.shape[1] - view.mask.shape[1]
+    return row[view.parent[:, 1:], view.columns + past].masked_fill(~view.valid, 0)
+
+
+READERS: Mapping[str, Callable[[LayerView], Tensor]] = {
+    "last_row": last_row,
+    "next_last_row": next_last_row,
+}
+
+
+def seen_tokens(view: LayerView, needs: Iterable[Signal] = ()) -> Tokens:
+    """The visual tokens of every group, their hidden states as features, with what is needed.
+
+    Args:
+        view: of one decoder layer.
+        needs: named as in `READERS`, or `"image_key"`.
+    """
+    signals = {}
+    for need in needs:
+        if need.name in READERS:
+            signals[need.key] = READERS[need.name](view)
+        elif view.image_key is not None:
+            signals[need.key] = view.image_key
+    places = view.parent[:, 1:], view.columns
+    hidden = view.query.new_zeros(*view.mask.shape, 0) if view.hidden is None else view.hidden
+    return Tokens(
+        features=hidden[places],
+        valid=view.valid,
+        grid=((1, 1, view.valid.shape[1]),) * len(view.valid),
+        parent=view.parent,
+        signals=signals,
+        seed=view.seed,
+        index=view.index,
+    )
