@@ -47,11 +47,15 @@ def test_golden(case: dict[str, Any]) -> None:
         grid=((t, h, w),),
         parent=torch.zeros(1, 2, dtype=torch.int64),
         signals=signals,
+        text=torch.tensor([case["text"]]) if "text" in case else None,
+        text_valid=torch.ones(1, len(case.get("text", ())), dtype=torch.bool),
+        parts=(tuple(map(tuple, case["parts"])),) if "parts" in case else None,
+        overview=(tuple(case["overview"]),) if "overview" in case else None,
     )
     selection = vtc.method(case["method"], **case.get("options", {})).select(
         tokens, Budget.of(case["keep"])
     )
-    assert selection.keep[0].tolist() == case["kept"]
+    assert selection.keep[0, selection.valid[0]].tolist() == case["kept"]
     if "positions" in case:
         assert selection.slot_positions[0].tolist() == case["positions"]
     if "tokens" in case:

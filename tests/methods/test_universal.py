@@ -16,7 +16,7 @@ import vtc
 from tests.methods.views import Rows, run_encoder
 from vtc.plans import layers_as_tokens
 from vtc.sites import Facts
-from vtc.types import Budget, Tokens
+from vtc.types import VECTORS, Budget, Tokens
 
 METHODS = list(vtc.methods())
 IN_ENCODER = [name for name in METHODS if vtc.method(name).site == "encoder"]
@@ -70,16 +70,31 @@ def build_tokens(grids: Any, seed: int, extra: int = 0) -> Tokens:
     width = int(lengths.max()) + extra
     valid = torch.arange(width) < lengths[:, None]
     features, rows = torch.zeros(len(grids), width, 8), torch.zeros(len(grids), 3, width)
+    vectors, early = torch.zeros(len(grids), width, 5), torch.zeros(len(grids), 1, width)
+    text = torch.zeros(len(grids), 4, 8)
     for g, n in enumerate(lengths.tolist()):
         draw = torch.Generator().manual_seed(seed + g)
         features[g, :n] = torch.randn(n, 8, generator=draw)
         rows[g, :, :n] = torch.rand(3, n, generator=draw)
+        vectors[g, :n] = torch.randn(n, 5, generator=draw)
+        early[g, :, :n] = torch.rand(1, n, generator=draw)
+        text[g] = torch.randn(4, 8, generator=draw)
+    # half of each grid as if it were another crop
+    halves = (torch.arange(width) >= lengths[:, None] // 2) & valid & (lengths[:, None] % 2 == 0)
     return Tokens(
         features=features,
         valid=valid,
         grid=tuple(grids),
         parent=torch.tensor([[g, g] for g in range(len(grids))]),
-        signals={"cls_row": rows, "image_key": torch.arange(len(grids)) + seed},
+        text=text,
+        text_valid=torch.ones(text.shape[:2], dtype=torch.bool),
+        signals={
+            "image_key": torch.arange(len(grids)) + seed,
+            "encoder_row": halves.long(),
+            **dict.fromkeys(("cls_row", "cls_row_joint", "received_row"), rows),
+            **dict.fromkeys(("early_row", "inner_row"), early),
+            **dict.fromkeys(("encoder_features", "keys", "mean_keys"), vectors),
+        },
     )
 
 
@@ -130,11 +145,15 @@ def test_a_group_decides_as_it_would_alone(name: str, keep: Any) -> None:
 def test_padding_changes_nothing(name: str, filler: float) -> None:
     method, budget = vtc.method(name), vtc.method(name).check_keep(keeps_of(name)[0])
     tokens = build_tokens([(1, 4, 5), (1, 2, 3)], 5, extra=2)
-    rows = tokens.signals["cls_row"].masked_fill(~tokens.valid[:, None], filler)
+    signals = dict(tokens.signals)
+    for key, x in signals.items():
+        if x.dim() == 3:
+            padding = ~tokens.valid[..., None] if key in VECTORS else ~tokens.valid[:, None]
+            signals[key] = x.masked_fill(padding, filler)
     poisoned = dataclasses.replace(
         tokens,
         features=tokens.features.masked_fill(~tokens.valid[..., None], filler),
-        signals={**tokens.signals, "cls_row": rows},
+        signals=signals,
     )
     a, b = method.select(tokens, budget), method.select(poisoned, budget)
     assert torch.equal(a.keep, b.keep)

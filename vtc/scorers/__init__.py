@@ -4,6 +4,7 @@ from vtc.scorers.base import Scorer
 from vtc.scorers.center import Center
 from vtc.scorers.cls_attention import ClsAttention
 from vtc.scorers.flow import Flow
+from vtc.scorers.frame_change import FrameChange
 from vtc.scorers.isolation import Isolation
 from vtc.scorers.layer_contribution import LayerContribution
 from vtc.scorers.layer_rows import LastRow
@@ -26,6 +27,7 @@ SCORERS: dict[str, type[Scorer]] = {
         SinkNorm,
         SinkFilter,
         Isolation,
+        FrameChange,
         TextRelevance,
     )
 }
@@ -35,8 +37,9 @@ __all__ = [
     "Center",
     "ClsAttention",
     "Flow",
-    "LastRow",
+    "FrameChange",
     "Isolation",
+    "LastRow",
     "LayerContribution",
     "Overview",
     "RandomScores",

@@ -10,6 +10,10 @@ from torch import Tensor
 from vtc.scorers.base import Scorer
 from vtc.types import Signal, Tokens
 
+# the last attention that shapes what the LLM reads (block 22 of 24 in LLaVA-1.5); without [CLS],
+# what a patch receives from all others
+AT_TAP = Signal("cls_row", ends_at_tap=True, stand_in="received_row")
+
 
 @dataclass(frozen=True)
 class ClsAttention(Scorer):
