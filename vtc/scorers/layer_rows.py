@@ -63,6 +63,23 @@ def next_last_row(view: LayerView) -> Tensor:
     return last_row(view.next_layer())
 
 
+def text_behind(view: LayerView) -> Tensor:
+    """The entries of each row behind its last visual token, `bool[B, S]`; none in rows without.
+
+    Raises:
+        InputError: a prompt ends with its image.
+    """
+    seen = view.visual & view.mask
+    from_here = seen.flip(-1).cumsum(-1).flip(-1)  # visual tokens at or behind an entry
+    text = view.mask & (from_here == 0) & seen.any(-1, keepdim=True)
+    if bool((seen.any(-1) & ~text.any(-1)).any()):
+        raise InputError(
+            "the method asks the text behind an image what it looks at, expected some, got a "
+            "prompt that ends with its image: put text there"
+        )
+    return text
+
+
 def of_tokens(view: LayerView, row: Tensor) -> Tensor:
     """Numbers of keys `[B, T]` as those of the visual tokens `[G, N]`, 0 on padding."""
     past = row.shape[1] - view.mask.shape[1]
