@@ -1,4 +1,4 @@
-"""Intervals against plain statements: Wilson's definition, and a bootstrap written out."""
+"""Intervals and tests against plain statements of what they are."""
 
 import math
 
@@ -11,6 +11,10 @@ from vtc.evaluation.statistics import (
     SEED,
     accuracy_interval,
     difference_interval,
+    holm,
+    mcnemar,
+    ratio_interval,
+    sign_flip,
 )
 
 pytestmark = pytest.mark.eval
@@ -105,3 +109,69 @@ def test_zero_is_excluded_on_either_side():
     assert difference_interval(better, worse).excludes_zero
     assert difference_interval(worse, better).excludes_zero
     assert not difference_interval(better, better).excludes_zero
+
+
+def test_a_ratio_is_a_bootstrap_over_whole_questions():
+    a, b = answers(63, 0.6, 1), answers(63, 0.8, 2)
+    random, ratios = np.random.default_rng(SEED), []
+    for _ in range(RESAMPLES):
+        drawn = random.integers(len(a), size=len(a))
+        ratios.append(a[drawn].mean() / b[drawn].mean())
+    found = ratio_interval(a, b)
+    assert found.value == a.mean() / b.mean()
+    assert (found.low, found.high) == pytest.approx(np.percentile(ratios, [2.5, 97.5]), abs=1e-12)
+    assert ratio_interval(b, b) == (1.0, 1.0, 1.0)
+
+
+def test_without_right_answers_there_is_no_ratio():
+    assert all(map(math.isnan, ratio_interval(answers(9, 0.5, 0), np.zeros(9))))
+    # a resample of three questions often misses the only right one
+    found = ratio_interval(np.ones(3), np.array([0.0, 0.0, 1.0]))
+    assert found.value == 3.0 and math.isnan(found.low) and math.isnan(found.high)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (5, 0), (9, 2), (3, 3), (40, 17)])
+def test_mcnemar_is_a_fair_coin_over_the_questions_that_one_alone_answers(gained, lost):
+    both, neither = [1.0] * 31, [0.0] * 11
+    own = np.array(both + neither + [1.0] * gained + [0.0] * lost)
+    other = np.array(both + neither + [0.0] * gained + [1.0] * lost)
+    coin = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert mcnemar([own], [other]) == pytest.approx(coin)
+    assert mcnemar([other], [own]) == pytest.approx(coin)
+
+
+def test_of_several_seeds_at_least_half_must_show_the_difference():
+    own = np.ones(40)
+    worse, same = answers(40, 0.5, 1), np.ones(40)
+    single = mcnemar([own], [worse])
+    assert single < 0.001
+    assert mcnemar([own], [worse, worse, same]) == pytest.approx(2 * single)
+    assert mcnemar([own], [worse, same, same]) == 1.0
+    # on either side
+    assert mcnemar([worse, worse, same], [own]) == pytest.approx(2 * single)
+
+
+def test_soft_scores_are_right_from_one_half_on():
+    own, other = np.array([0.5, 0.9, 0.3] * 20), np.array([0.4, 1.0, 0.0] * 20)
+    assert mcnemar([own], [other]) == pytest.approx(stats.binomtest(20, 20).pvalue)
+
+
+def test_exchanging_answers_of_right_and_wrong_ones_is_mcnemars_test():
+    a, b = answers(120, 0.8, 1), answers(120, 0.65, 2)
+    p = mcnemar([a], [b])
+    # of 9,999 draws, within four of their standard deviations
+    assert sign_flip(a - b) == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / 9999) + 1e-4)
+    assert sign_flip(b - a) == pytest.approx(sign_flip(a - b))
+    assert sign_flip(np.zeros(9)) == 1.0
+
+
+def test_holm_is_the_running_largest_of_each_times_how_many_are_left():
+    values = [0.04, None, 0.001, 0.03, 0.6]
+    order, largest, expected = [2, 3, 0, 4], 0.0, {}
+    for left, i in zip((4, 3, 2, 1), order, strict=True):
+        largest = max(largest, min(1.0, left * values[i]))
+        expected[i] = largest
+    found = holm(values)
+    assert found[1] is None
+    assert [found[i] for i in order] == pytest.approx([expected[i] for i in order])
+    assert holm([]) == [] and holm([None]) == [None]

@@ -8,29 +8,34 @@ from collections.abc import Sequence
 import pandas as pd
 
 from vtc.evaluation.compression import FULL, RANDOM, controls
-from vtc.evaluation.printed import percent, points, short
+from vtc.evaluation.printed import chance, percent, points, short
+from vtc.evaluation.rows import Row
+from vtc.evaluation.scores import DOWNSAMPLE, Scores
 from vtc.evaluation.statistics import Interval, difference_interval
-from vtc.evaluation.table import CURVE, CurveKey, Row, control, curves, drops_tokens, pick, scores
+from vtc.evaluation.table import CURVE, CurveKey, control, curves, drops_tokens
 
-SIMPLE = ("random", "downsample")
+SIMPLE = (RANDOM, DOWNSAMPLE)
 
 
 def losses(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
     """One sentence for every curve that something simpler scores higher than somewhere.
 
-    Against random tokens and a smaller picture at the same keep. Methods that skip work or decide
-    by themselves have no such keep: against the same method choosing at random, and against random
-    tokens and smaller pictures of at most as many active tokens, averaged over decoder layers.
+    Against random tokens and a smaller picture at the same keep, with the p-value after Holm's
+    correction that the row has. Methods that skip work or decide by themselves have no such keep:
+    against the same method choosing at random, and, by the interval alone, against random tokens
+    and smaller pictures of at most as many active tokens, averaged over decoder layers.
     """
     found: dict[str, list[str]] = {}
+    scores = Scores(frame)
     for row in summary:
         if row["method"] == FULL:
             continue
-        for other, where in _rivals(summary, row):
-            gap = _difference(frame, other, row)
+        for other, where, tested in _rivals(summary, row):
+            gap = _difference(scores, other, row)
             if gap.value > 0:
-                pair = f"{_name(other)} scores higher than {_name(row)}{_of(summary, row)}"
-                found.setdefault(pair, []).append(f"{_gap(gap)} at {where}")
+                pair = f"{name_of(other)} scores higher than {name_of(row)}{of_what(summary, row)}"
+                said = _gap(gap, row[tested] if tested else None)
+                found.setdefault(pair, []).append(f"{said} at {where}")
     return [f"{pair}: {'; '.join(gaps)}" for pair, gaps in found.items()]
 
 
@@ -42,45 +47,57 @@ def bends(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
     kept = [rows for rows in curves(summary).values() if drops_tokens(rows)]
     active = curves(summary, "active_fraction").values()
     skipping = [rows for rows in active if not drops_tokens(rows)]
-    found = []
+    found, scores = [], Scores(frame)
     for share, words, all_rows in (
         ("kept_fraction", "of the tokens", kept),
         ("active_fraction", "active tokens", skipping),
     ):
         for more, fewer in (pair for rows in all_rows for pair in itertools.pairwise(rows)):
-            gap = _difference(frame, fewer, more)
+            gap = _difference(scores, fewer, more)
             if gap.low > 0 and fewer[share] < more[share]:
                 found.append(
-                    f"{_name(fewer)}{_of(summary, fewer)} rises from {percent(more[share], 1)} to "
-                    f"{percent(fewer[share], 1)} {words}: {_gap(gap)}"
+                    f"{name_of(fewer)}{of_what(summary, fewer)} rises from "
+                    f"{percent(more[share], 1)} to {percent(fewer[share], 1)} {words}: {_gap(gap)}"
                 )
     return found
 
 
-def _rivals(summary: Sequence[Row], row: Row) -> list[tuple[Row, str]]:
-    """What is simpler than a row, and the words for where they meet."""
+def _rivals(summary: Sequence[Row], row: Row) -> list[tuple[Row, str, str | None]]:
+    """What is simpler than a row, the words for where they meet, and the column with the p-value
+    that the two differ."""
     counted = controls(row["method"], row["options"]) == (RANDOM,)
     at_keep = f"keep={row['keep']}"
-    found = [] if (random := control(summary, row)) is None else [(random, at_keep)]
-    for simple in SIMPLE:
-        if counted and simple != RANDOM and row["label"] != simple:
-            found += [(other, at_keep) for other in _same_keep(summary, row, simple)]
-        if not counted:
-            found += [
-                (
-                    other,
-                    f"{percent(other['active_fraction'], 1)} active tokens against "
-                    f"{percent(row['active_fraction'], 1)}",
-                )
-                for other in _as_few(summary, row, simple)
-            ]
+    random = control(summary, row)
+    found = [] if random is None else [(random, at_keep, _tested(row, random, RANDOM))]
+    if counted and row["method"] != DOWNSAMPLE:
+        found += [
+            (other, at_keep, _tested(row, other, DOWNSAMPLE))
+            for other in _same_keep(summary, row, DOWNSAMPLE)
+        ]
+    if not counted:
+        found += [
+            (
+                other,
+                f"{percent(other['active_fraction'], 1)} active tokens against "
+                f"{percent(row['active_fraction'], 1)}",
+                None,
+            )
+            for simple in SIMPLE
+            for other in _as_few(summary, row, simple)
+        ]
     return found
+
+
+def _tested(row: Row, other: Row, name: str) -> str | None:
+    """The column of the test against `other`: random rows are tested under the same positions."""
+    same = name == DOWNSAMPLE or other["positions"] == row["positions"]
+    return f"p_{name}_holm" if same else None
 
 
 def _same_keep(summary: Sequence[Row], row: Row, method: str) -> list[Row]:
     """The baseline at the same keep; under the same positions where it was run under them."""
     key = (row["model"], row["task"], method, row["keep"])
-    same = [r for r in summary if (r["model"], r["task"], r["label"], r["keep"]) == key]
+    same = [r for r in summary if (r["model"], r["task"], r["method"], r["keep"]) == key]
     return [r for r in same if r["positions"] == row["positions"]][:1] or same[:1]
 
 
@@ -97,22 +114,24 @@ def _as_few(summary: Sequence[Row], row: Row, method: str) -> list[Row]:
     return sorted(fewer, key=lambda r: -r["active_fraction"])[:1]
 
 
-def _difference(frame: pd.DataFrame, a: Row, b: Row) -> Interval:
-    first = scores(pick(frame, a))
-    second = scores(pick(frame, b)).reindex(first.index)
-    return difference_interval(first.to_numpy(float), second.to_numpy(float))
+def _difference(scores: Scores, a: Row, b: Row) -> Interval:
+    return difference_interval(scores.mean(a), scores.mean(b))
 
 
-def _name(row: Row) -> str:
+def name_of(row: Row) -> str:
+    """A row's method, positions and seeds."""
     seeds = f", mean of {row['seeds']} seeds" if row["seeds"] > 1 else ""
     return f"{short(row['label'])} ({row['positions']}{seeds})"
 
 
-def _of(summary: Sequence[Row], row: Row) -> str:
-    """The task, where there are several."""
-    return f" in {row['task']}" if len({other["task"] for other in summary}) > 1 else ""
+def of_what(summary: Sequence[Row], row: Row) -> str:
+    """The task and the model, where there are several."""
+    task = f" in {row['task']}" if len({other["task"] for other in summary}) > 1 else ""
+    return task + (f" of {row['model']}" if len({r["model"] for r in summary}) > 1 else "")
 
 
-def _gap(gap: Interval) -> str:
-    verdict = "" if gap.excludes_zero else ", within its interval"
-    return f"{points(gap.value)} points [{points(gap.low)}, {points(gap.high)}]{verdict}"
+def _gap(gap: Interval, p: float | None = None) -> str:
+    said = f"{points(gap.value)} points [{points(gap.low)}, {points(gap.high)}]"
+    if p is not None:
+        return f"{said}, {chance(p)} after Holm"
+    return said if gap.excludes_zero else f"{said}, within its interval"

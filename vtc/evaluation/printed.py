@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vtc.evaluation.compression import FULL
-from vtc.evaluation.table import Row
+from vtc.evaluation.rows import Row
 
 COLUMNS = (
     "method",
@@ -17,15 +17,18 @@ COLUMNS = (
     "tokens",
     "active",
     "accuracy",
+    "of full's",
     "vs full",
     "vs random",
+    "vs downsample",
     "vs original ids",
+    "broken",
     "evidence",
     "TTFT ms",
     "of full",
 )
 # the screen has less room than the page
-_NOT_ON_SCREEN = ("tokens",)
+NOT_ON_SCREEN = ("tokens", "active", "of full's", "broken")
 # a file as an option has it: in quotes of either kind, or bare
 _NAMED = re.compile(
     r"""calibration=(?:'(?:[^']*/)?([^'/]+)'|"(?:[^"]*/)?([^"/]+)"|(?:[^,@+'"]*/)?([^,@+'"/]+))"""
@@ -45,9 +48,12 @@ def cells(row: Row) -> list[str]:
         number(row["llm_tokens"], 0),
         percent(row["active_fraction"], 1),
         f"{100 * row['accuracy']:.1f} {interval(row, 'accuracy', signed=False)}",
+        percent(row["relative_accuracy"], 1),
         difference(row, "vs_full") if row["method"] != FULL else _NONE,
-        difference(row, "vs_random"),
+        tested(row, "random"),
+        tested(row, "downsample"),
         difference(row, "vs_original_ids"),
+        broken(row),
         evidence(row),
         number(row["ttft_ms"], 1),
         percent(row["ttft_ratio"], 0),
@@ -92,6 +98,27 @@ def difference(row: Mapping[str, Any], name: str) -> str:
     return f"{points(row[name])} {interval(row, name)}"
 
 
+def tested(row: Mapping[str, Any], name: str) -> str:
+    """A difference to a baseline with its p-value after Holm's correction."""
+    value, p = difference(row, f"vs_{name}"), row[f"p_{name}_holm"]
+    return value if p is None else f"{value} {chance(p)}"
+
+
+def chance(p: float) -> str:
+    """A p-value in words."""
+    return "p<0.001" if p < 0.001 else f"p={p:.3f}"
+
+
+def broken(row: Row) -> str:
+    """Accuracy on the questions that downsampling breaks, and how many these are."""
+    if row["broken_n"] is None:
+        return _NONE
+    if row["broken_accuracy"] is None:
+        return f"n/a ({row['broken_n']})"
+    ends = interval(row, "broken_accuracy", signed=False)
+    return f"{100 * row['broken_accuracy']:.1f} {ends} ({row['broken_n']})"
+
+
 def evidence(row: Row) -> str:
     """Evidence recall; beside it what merged tokens cover, unless the method only merges."""
     text = percent(row["evidence_recall"], 0)
@@ -101,24 +128,27 @@ def evidence(row: Row) -> str:
 
 
 def show(summary: Sequence[Row]) -> None:
-    """Print one table per task."""
+    """Print one table per model and task."""
     from rich.console import Console
 
     console = Console()
-    for task in dict.fromkeys(row["task"] for row in summary):
-        table = _table(task, [row for row in summary if row["task"] == task])
+    several = len({row["model"] for row in summary}) > 1
+    for model, task in dict.fromkeys((row["model"], row["task"]) for row in summary):
+        rows = [row for row in summary if (row["model"], row["task"]) == (model, task)]
+        table = _table(f"{model}, {task}" if several else task, rows)
         # a narrower screen breaks long lines; rich would cut the numbers
         unlimited = console.options.update(max_width=1000)
         console.width = max(console.width, console.measure(table, options=unlimited).maximum)
         console.print(table)
 
 
-def _table(task: str, rows: Sequence[Row]) -> Any:
+def _table(what: str, rows: Sequence[Row]) -> Any:
     from rich import box
     from rich.table import Table
 
-    shown = [i for i, column in enumerate(COLUMNS) if column not in _NOT_ON_SCREEN]
-    title = f"{task}, {rows[0]['n']} questions, 95 % intervals, differences paired by question"
+    shown = [i for i, column in enumerate(COLUMNS) if column not in NOT_ON_SCREEN]
+    said = "95 % intervals, differences paired by question, p after Holm"
+    title = f"{what}, {rows[0]['n']} questions, {said}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for i in shown:
         table.add_column(COLUMNS[i], justify="left" if i < 2 else "right", no_wrap=True)

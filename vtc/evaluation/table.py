@@ -6,33 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
+from tqdm import tqdm
 
 from vtc.evaluation.compression import FULL, Compression, controls
-from vtc.evaluation.statistics import Interval, accuracy_interval, difference_interval
+from vtc.evaluation.rows import MEANS, MEDIANS, row_of
+from vtc.evaluation.rows import Row as Row
+from vtc.evaluation.scores import Scores
+from vtc.evaluation.statistics import holm
 
 CURVE = ["model", "task", "label", "positions"]
 GROUP = [*CURVE, "keep"]
-MEANS = (
-    "kept_fraction",
-    "active_fraction",
-    "visual_tokens",
-    "llm_tokens",
-    "evidence_recall",
-    "evidence_covered",
-)
-MEDIANS = (
-    "encoder_ms",
-    "selector_ms",
-    "ttft_ms",
-    "ttft_ratio",
-    "tpot_ms",
-    "kv_bytes",
-    "peak_memory_bytes",
-)
-_NAMES = ("model", "task", "method", "options", "label", "positions", "keep")
-# what lies between them is the middle 60 % of the timed questions
-_SPREAD = {"p20": 0.2, "p80": 0.8}
-Row = dict[str, Any]
+# what is ranked together, and corrected together for being several
+RANKED = ["model", "task", "keep"]
 Cell = tuple[str, Compression, Sequence[Mapping[str, Any]]]
 
 
@@ -78,10 +63,39 @@ def _key(keep: float | int | str | None) -> str:
 
 
 def tables(frame: pd.DataFrame) -> tuple[list[Row], list[Row]]:
-    """Rows per cell, and the same with the seeds of a method averaged per question."""
-    rows = [_row(frame, part) for _, part in frame.groupby([*GROUP, "seed"], sort=False)]
-    summary = [_row(frame, part) for _, part in frame.groupby(GROUP, sort=False)]
-    return rows, summary
+    """Rows per cell, and the same with the seeds of a method averaged per question.
+
+    Each row is compared with the full model, with `random` (or what draws in its place, see
+    `controls`) under the same keep and positions, with `downsample` at the same keep, and with
+    original position ids: `vs_...` are differences of accuracy with paired bootstrap intervals,
+    `relative_accuracy` the accuracy over the full model's. `p_random` and `p_downsample` are of
+    McNemar's exact test (`statistics.mcnemar` says how several seeds are paired); in `..._holm`
+    they are corrected for all rows of the table with the same model, task and keep. `broken_...`:
+    see `vtc.evaluation.broken`. None: there is nothing to compare with, or too little.
+
+    Raises:
+        VtcError: two cells of a model and task hold different questions.
+    """
+    scores = Scores(frame)
+    found = []
+    for names in ([*GROUP, "seed"], GROUP):
+        groups = list(frame.groupby(names, sort=False))
+        bar = tqdm(groups, desc="table", unit="row", delay=2, leave=False, dynamic_ncols=True)
+        rows = [row_of(scores, part) for _, part in bar]
+        _correct(rows)
+        found.append(rows)
+    return found[0], found[1]
+
+
+def _correct(rows: Sequence[Row]) -> None:
+    """Holm's correction over the rows that are ranked together."""
+    together: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        together.setdefault(tuple(row[name] for name in RANKED), []).append(row)
+    for ranked in together.values():
+        for name in ("p_random", "p_downsample"):
+            for row, value in zip(ranked, holm(row[name] for row in ranked), strict=True):
+                row[f"{name}_holm"] = value
 
 
 def scores(part: pd.DataFrame) -> pd.Series:
@@ -135,69 +149,7 @@ def control(rows: Sequence[Row], row: Row) -> Row | None:
 def pick(frame: pd.DataFrame, row: Mapping[str, Any]) -> pd.DataFrame:
     """The samples of a row."""
     names = [*GROUP, *(["seed"] if row["seed"] is not None else [])]
-    return frame[_of(frame, **{name: row[name] for name in names})]
-
-
-def _row(frame: pd.DataFrame, part: pd.DataFrame) -> Row:
-    first, seeds = part.iloc[0], part["seed"].unique()
-    own = scores(part)
-    row: Row = {name: first[name] for name in _NAMES}
-    row |= {"seed": int(seeds[0]) if len(seeds) == 1 else None, "seeds": len(seeds), "n": len(own)}
-    row |= _interval("accuracy", accuracy_interval(own.to_numpy(float)))
-    if pd.notna(first["kind"]):
-        row |= {
-            f"accuracy_{kind}": float(v) for kind, v in part.groupby("kind")["score"].mean().items()
-        }
-    row |= {name: _number(part[name].mean()) for name in MEANS}
-    row |= {name: _number(part[name].median()) for name in MEDIANS}
-    row |= {f"ttft_ratio_{p}": _number(part["ttft_ratio"].quantile(q)) for p, q in _SPREAD.items()}
-    row["n_timed"] = int(part["ttft_ms"].notna().sum())
-    row |= _difference(
-        "vs_full", own, frame[_of(frame, model=first["model"], task=first["task"], label=FULL)]
-    )
-    row |= _difference("vs_random", own, _control(frame, first))
-    row |= _difference("vs_original_ids", own, _with_original_ids(frame, first, seeds))
-    return row
-
-
-def _control(frame: pd.DataFrame, of: pd.Series) -> pd.DataFrame:
-    """The samples that were chosen at random, at the same keep and positions."""
-    same = {name: of[name] for name in ("model", "task", "keep", "positions")}
-    for label in controls(of["method"], of["options"]):
-        if label == of["label"]:
-            break
-        if (mask := _of(frame, label=label, **same)).any():
-            return frame[mask]
-    return frame.iloc[:0]
-
-
-def _with_original_ids(frame: pd.DataFrame, of: pd.Series, seeds: Any) -> pd.DataFrame:
-    """The same method, budget and seeds with original position ids; nothing if these are they."""
-    if of["positions"] == "keep":
-        return frame.iloc[:0]
-    same = {name: of[name] for name in ("model", "task", "label", "keep")}
-    return frame[_of(frame, positions="keep", **same) & frame["seed"].isin(seeds)]
-
-
-def _of(frame: pd.DataFrame, **wanted: Any) -> pd.Series:
-    """Which samples have these values: `bool` by sample."""
     mask = pd.Series(True, index=frame.index)
-    for name, value in wanted.items():
-        mask &= frame[name] == value
-    return mask
-
-
-def _difference(name: str, own: pd.Series, other: pd.DataFrame) -> Row:
-    if other.empty:
-        return _interval(name, None)
-    reference = scores(other).reindex(own.index)
-    return _interval(name, difference_interval(own.to_numpy(float), reference.to_numpy(float)))
-
-
-def _interval(name: str, interval: Interval | None) -> Row:
-    value, low, high = map(_number, interval or (None, None, None))
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
-
-
-def _number(value: Any) -> float | None:
-    return None if pd.isna(value) else float(value)
+    for name in names:
+        mask &= frame[name] == row[name]
+    return frame[mask]
