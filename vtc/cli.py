@@ -99,7 +99,7 @@ def _doctor(commands: Any) -> None:
 
 
 def _sweep(commands: Any) -> None:
-    from vtc.evaluation.sweep import SweepConfig
+    from vtc.evaluation.config import SweepConfig
 
     defaults = {field.name: field.default for field in dataclasses.fields(SweepConfig)}
 
@@ -108,9 +108,11 @@ def _sweep(commands: Any) -> None:
         return f"(default: {' '.join(map(str, value)) if isinstance(value, tuple) else value})"
 
     p = _command(commands, "sweep", "methods x keep: accuracy against tokens kept, as a report")
+    p.add_argument("--config", type=Path, help="YAML file of these options; others here win")
     # what is not given is left out, so that the defaults are written in one place
     p.argument_default = argparse.SUPPRESS
-    p.add_argument("--model", help="folder, hub id, or a model of the testbed (default: llava)")
+    model = f"folders, hub ids, or models of the testbed {by_default('models')}"
+    p.add_argument("--model", dest="models", nargs="+", metavar="MODEL", help=model)
     out = "folder of the results; a second run goes on there"
     p.add_argument("--out", type=Path, help=f"{out} {by_default('out')}")
     methods = f"{_METHOD}; {_COMPOSITION}; the baselines are added {by_default('methods')}"
@@ -138,6 +140,8 @@ def _sweep(commands: Any) -> None:
     p.add_argument("--timed-samples", type=_whole(0), help=timed)
     pictures = f"pictures in the report {by_default('pictures')}"
     p.add_argument("--pictures", type=_whole(0), help=pictures)
+    workers = "processes that answer, on a CPU (default: one for each core, of small models)"
+    p.add_argument("--workers", type=_whole(1), help=workers)
 
 
 def _calibrate(commands: Any) -> None:

@@ -96,7 +96,7 @@ def sweep(model_name, tasks_folder):
 
     def start(out: Path, **changes: Any) -> Any:
         given = {
-            "model": model_name,
+            "models": (model_name,),
             "include_path": tasks_folder,
             "device": "cpu",
             "keeps": (0.11,),
@@ -106,6 +106,7 @@ def sweep(model_name, tasks_folder):
             "batch_size": 8,
             "timed_samples": 1,
             "pictures": 0,
+            "workers": 1,
         }
         return run(SweepConfig(out=out, **given | changes))
 

@@ -158,8 +158,8 @@ def test_seeds_of_random_differ_and_repeat(answer):
 def test_the_warm_up_draws_nothing_from_the_generator(loaded, monkeypatch):
     # sampled answers would depend on it
     model, before = Vtc(loaded, method="none"), torch.get_rng_state()
-    monkeypatch.setattr(model, "_answer", lambda batch, handle: torch.rand(3))
-    model._warm_up([], None)
+    monkeypatch.setattr(model, "answer", lambda batch, handle: torch.rand(3))
+    model.warm_up([], None)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.eval
 
 
 def cells(**changes):
-    return plan(SweepConfig(model="m", **changes))
+    return plan(SweepConfig(**changes))
 
 
 def test_the_default_sweep():
@@ -56,7 +56,7 @@ def test_methods_over_layers_take_shares_only_and_one_policy():
     keeps = {name: [c.keep for c in found if c.method == name] for name in ("vtc_cls", "shortv")}
     assert keeps == {"vtc_cls": [64, 64, 0.5, 0.5, 0.25, 0.25], "shortv": [0.5, 0.25]}
     assert {c.positions for c in found if c.method == "shortv"} == {"keep"}
-    config = SweepConfig(model="m", methods=("vtc_cls", "shortv", "var"), keeps=(64, 8, 0.5))
+    config = SweepConfig(methods=("vtc_cls", "shortv", "var"), keeps=(64, 8, 0.5))
     (note,) = left_out(config)
     assert note.startswith("shortv: not run at keep=64tok, 8tok, because")
 
@@ -65,7 +65,7 @@ def test_methods_over_layers_have_shares_of_their_own():
     found = cells(methods=("shortv", "vtc_cls"), keeps=(64,), layer_keeps=(0.75, 0.5))
     assert [c.keep for c in found if c.method == "shortv"] == [0.75, 0.5]
     assert {c.keep for c in found if c.method == "vtc_cls"} == {64}
-    assert left_out(SweepConfig(model="m", keeps=(64,), layer_keeps=(0.75,))) == []
+    assert left_out(SweepConfig(keeps=(64,), layer_keeps=(0.75,))) == []
 
 
 def test_tokens_alone_are_refused_for_a_method_over_layers():
@@ -123,7 +123,7 @@ def test_shares_that_come_to_the_same_layers_are_run_once():
 def test_another_calibration_is_another_cell(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("{}")
-    config = SweepConfig(model="m", methods=(f"shortv:calibration='{file}'",), keeps=(0.5,))
+    config = SweepConfig(methods=(f"shortv:calibration='{file}'",), keeps=(0.5,))
     (cell,) = [c for c in plan(config) if c.method == "shortv"]
     before = settings(config, cell)
     file.write_text("{ }")

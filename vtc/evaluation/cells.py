@@ -1,10 +1,12 @@
-"""The cells of a sweep: each method at each keep, under each position policy and seed."""
+"""The cells of a sweep: each method at each keep, under each position policy and seed, of each
+model on each task."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from vtc.methods.base import Method
 from vtc.types import Budget
 
 if TYPE_CHECKING:
-    from vtc.evaluation.sweep import SweepConfig
+    from vtc.evaluation.config import SweepConfig
 
 # in every report, because they win more often than papers show (arXiv 2502.11501, 2510.07143)
 BASELINES = (RANDOM, "uniform", "average_pool", "downsample")
@@ -31,8 +33,23 @@ BASELINES = (RANDOM, "uniform", "average_pool", "downsample")
 _BEFORE_THE_LLM = ("pixels", "encoder", "llm_input")
 
 
+@dataclass(frozen=True)
+class Cell:
+    """What is run and stored as one.
+
+    Attributes:
+        model: its short name.
+        task: as it was asked for; a group has several.
+        compression: what is done to the model.
+    """
+
+    model: str
+    task: str
+    compression: Compression
+
+
 def plan(config: SweepConfig) -> list[Compression]:
-    """All cells of a sweep, the full model first.
+    """What is run of every model on every task, the full model first.
 
     Raises:
         OptionError: a method, an option, a keep or a position policy does not exist, or no keep is
@@ -119,16 +136,16 @@ def distinct(cells: Sequence[Compression], depth: int) -> tuple[list[Compression
     return found, notes
 
 
-def settings(config: SweepConfig, cell: Compression) -> dict[str, Any]:
+def settings(config: SweepConfig, cell: Cell) -> dict[str, Any]:
     """Everything that names a cell: two cells differ in it or are the same."""
     return {
-        **dataclasses.asdict(cell),
-        "tasks": list(config.tasks),
+        "model": cell.model,
+        "task": cell.task,
+        **dataclasses.asdict(cell.compression),
         "questions": config.questions,
         "metric": config.metric,
         "batch_size": config.batch_size,
-        "timed_samples": config.timed_samples,
-        **_calibrations(cell),
+        **_calibrations(cell.compression),
     }
 
 
@@ -154,3 +171,8 @@ def words(cell: Compression) -> Iterator[str]:
         yield cell.positions
     if draws(cell.build()):
         yield f"seed={cell.seed}"
+
+
+def title(cell: Cell) -> str:
+    """A cell in words."""
+    return " ".join([cell.model, cell.task, *words(cell.compression)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,30 +43,83 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> list[Any]:
 
     Args:
         names: of tasks or groups.
-        include_path: a folder of task files; None: lmms-eval's own tasks.
+        include_path: a folder of task files; lmms-eval's own tasks are looked up for names that it
+            does not have.
 
     Raises:
         OptionError: a name is unknown.
-        InputError: a task's questions could not be loaded.
+        InputError: a task's questions could not be loaded; it says how to get them.
     """
     from lmms_eval.evaluator_utils import get_task_list
-    from lmms_eval.tasks import TaskManager, get_task_dict
+    from lmms_eval.tasks import get_task_dict
 
-    manager = TaskManager(
-        include_path=str(include_path) if include_path else None,
-        include_defaults=include_path is None,
-    )
-    if missing := [name for name in names if name not in manager.all_tasks]:
-        known = ", ".join(manager.all_tasks[:8])
-        raise OptionError(f"task {missing[0]!r} is unknown; expected one of {known}")
+    manager = _manager(names, include_path)
     try:
         found = get_task_dict(list(names), manager, "chat")
     except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__ or cause
         raise InputError(
             f"the questions of {', '.join(names)} could not be loaded: "
-            f"{type(error).__name__}: {error}"
+            f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}{_remedy(names, manager)}"
         ) from error
     return [output.task for output in get_task_list(found)]
+
+
+def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """A `TaskManager` that knows the names; all of lmms-eval's are indexed (5 s) only if needed."""
+    from lmms_eval.tasks import TaskManager
+
+    include = str(include_path) if include_path else None
+    for defaults in (False, True) if include else (True,):
+        manager = TaskManager(include_path=include, include_defaults=defaults)
+        missing = [name for name in names if name not in manager.all_tasks]
+        parts = {part for name in names for part in _parts(name, manager)}
+        if not missing and (defaults or parts <= {*manager.all_tasks}):
+            return manager
+        if not defaults:
+            own = manager.all_tasks
+    known = own if include else manager.all_tasks
+    raise OptionError(f"task {missing[0]!r} is unknown; expected one of {', '.join(known[:8])}")
+
+
+def _remedy(names: Sequence[str], manager: Any) -> str:
+    """How the questions of tasks of a hub data set come into its cache."""
+    sources = dict.fromkeys(found for name in names for found in _sources(name, manager))
+    if not sources:
+        return ""
+    calls = "; ".join(f"load_dataset({source})" for source in sources)
+    return (
+        f"; to get them, once online: HF_HUB_OFFLINE=0 python -c "
+        f'"from datasets import load_dataset; {calls}"'
+    )
+
+
+def _sources(name: str, manager: Any) -> Iterator[str]:
+    """Hub data sets behind a task or a group, as arguments of `load_dataset`."""
+    config = _config(name, manager)
+    path = config.get("dataset_path")
+    # a folder or one of datasets' own readers has no place on the hub
+    if isinstance(path, str) and path.count("/") == 1 and not Path(path).exists():
+        yield ", ".join(repr(part) for part in (path, config.get("dataset_name")) if part)
+    for part in _parts(name, manager):
+        yield from _sources(part, manager)
+
+
+def _parts(name: str, manager: Any) -> list[str]:
+    """The tasks and groups that a group names."""
+    parts = _config(name, manager).get("task")
+    named = [
+        part.get("task") if isinstance(part, dict) else part
+        for part in (parts if isinstance(parts, list) else ())
+    ]
+    return [part for part in named if isinstance(part, str)]
+
+
+def _config(name: str, manager: Any) -> dict[str, Any]:
+    known = isinstance(manager.task_index.get(name, {}).get("yaml_path"), str)
+    return dict(manager._get_config(name)) if known else {}
 
 
 def evaluate(model: Any, tasks: Sequence[Any], questions: int | None = None) -> dict[str, Any]:
@@ -77,7 +131,7 @@ def evaluate(model: Any, tasks: Sequence[Any], questions: int | None = None) -> 
         questions: the first so many of each task; None: all.
 
     Returns:
-        lmms-eval's results, with `samples`.
+        lmms-eval's results, with `samples`; of several processes, empty in all but the first.
 
     Raises:
         SampleError: a sample failed; there are no results then.
@@ -100,6 +154,8 @@ def evaluate(model: Any, tasks: Sequence[Any], questions: int | None = None) -> 
         raise
     except Exception as error:
         raise VtcError(f"lmms-eval stopped: {type(error).__name__}: {error}") from error
+    if int(os.environ.get("RANK", 0)) > 0:
+        return {}
     if not results or not results.get("samples"):
         raise VtcError("lmms-eval returned no samples, so there is nothing to report")
     for task, samples in results["samples"].items():

@@ -9,6 +9,7 @@ from typing import Any
 from lmms_eval.api.instance import TokenCounts
 from torch import Tensor
 
+from vtc.evaluation.kept import Left
 from vtc.types import Selection
 
 # numbers or None; and a list of one per image, and the kernels that ran in words
@@ -21,13 +22,21 @@ MEMORY = ("kv_bytes", "peak_memory_bytes")
 
 @dataclass
 class SampleCounts(TokenCounts):  # type: ignore[misc]
-    """lmms-eval's token counts of a sample, with ours beside them in the samples file."""
+    """lmms-eval's token counts of a sample, with ours beside them in the samples file.
+
+    Attributes:
+        numbers: ours.
+        left: what was left of its pictures, where that was asked for; for a sweep, which takes it
+            out before anything is written.
+    """
 
     numbers: Numbers = field(default_factory=dict)
+    left: list[Left] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What the samples file holds."""
-        return {**super().to_dict(), **self.numbers}
+        found = {**super().to_dict(), **self.numbers}
+        return found if self.left is None else {**found, "left": self.left}
 
 
 def token_numbers(report: Any, images: range, alone: bool) -> Numbers:

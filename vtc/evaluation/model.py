@@ -23,7 +23,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from vtc.errors import InputError, OptionError, SampleError, UnsupportedModeError
-from vtc.evaluation.compression import FULL, Compression
+from vtc.evaluation.compression import Compression
+from vtc.evaluation.kept import left_of
 from vtc.evaluation.loading import Loaded, load
 from vtc.evaluation.measure import Numbers, SampleCounts, means, token_numbers
 from vtc.evaluation.visuals import Visuals, evidence, for_processor, numbered, visuals_of
@@ -43,8 +44,7 @@ class Vtc(lmms):  # type: ignore[misc]
         batch_size: samples per call; with more than one, prompts are padded on the left.
         timed_samples: with batches, so many samples are still run alone, to be timed. Times are
             never those of a batch; the first sample is run twice and timed the second time.
-        time_full: whether the full model is timed too, right before and on the same
-            `timed_samples`: what else the machine does changes slower than that.
+        record_left: whether a sample's counts hold which of its tokens were left.
         use_cache: as `generate` takes it.
         max_batch_size: accepted because lmms-eval passes it; not used.
         arguments: `device`, `device_map`, `dtype`, `revision`, `trust_remote_code` and
@@ -66,7 +66,7 @@ class Vtc(lmms):  # type: ignore[misc]
         seed: int = 0,
         batch_size: int | str = 1,
         timed_samples: int = 12,
-        time_full: bool = False,
+        record_left: bool = False,
         use_cache: bool = True,
         max_batch_size: int | str | None = None,
         **arguments: Any,
@@ -77,7 +77,7 @@ class Vtc(lmms):  # type: ignore[misc]
         self.batch_size = _whole("batch_size", batch_size, least=1)
         self.timed_samples = _whole("timed_samples", timed_samples, least=0)
         self.use_cache = use_cache
-        self.time_full = time_full
+        self.record_left = record_left
         self._loaded: Loaded | None = None
         self._shared = isinstance(pretrained, Loaded)
         self._loaded = pretrained if isinstance(pretrained, Loaded) else load(pretrained, **loading)
@@ -124,15 +124,13 @@ class Vtc(lmms):  # type: ignore[misc]
         results: list[GenerationResult | None] = [None] * len(requests)
         failed, first, start = 0, None, time.perf_counter()
         bar = tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0)
-        full_ms = self._times_of_full(requests) if self.time_full else []
         with self.compression.patch(self.loaded.model) as handle:
-            self._warm_up(requests, handle)
+            if self.timed_samples or self.batch_size == 1:
+                self.warm_up([request.args for request in requests[:1]], handle)
             for indices in self._batches(requests):
                 batch = [requests[i].args for i in indices]
                 try:
-                    answers = self._answer(batch, handle)
-                    if len(indices) == 1 and indices[0] < len(full_ms):
-                        answers[0].token_counts.numbers["full_ttft_ms"] = full_ms[indices[0]]
+                    answers = self.answer(batch, handle)
                 except Exception as error:
                     failed, first = failed + len(batch), first or (batch[0], error)
                     logger.error(f"{_where(batch[0])}: {type(error).__name__}: {error}")
@@ -161,36 +159,23 @@ class Vtc(lmms):  # type: ignore[misc]
             for at in range(0, len(indices), self.batch_size):
                 yield indices[at : at + self.batch_size]
 
-    def _times_of_full(self, requests: Sequence[Instance]) -> list[float | None]:
-        """The full model's time to the first token on each of the timed samples."""
-        found: list[float | None] = []
-        with self._aside(), Compression(FULL).patch(self.loaded.model) as handle:
-            self._warm_up(requests, handle)
-            for request in requests[: self.timed_samples]:
-                first, messages, arguments, *rest = request.args
-                args = (first, messages, {**arguments, "max_new_tokens": 1}, *rest)
-                try:
-                    (answer,) = self._answer([args], handle)
-                    found.append(answer.token_counts.numbers.get("ttft_ms"))
-                except Exception as error:
-                    # the sample comes again under the method and is counted there
-                    logger.debug(f"timing the full model failed: {error}")
-                    found.append(None)
-        return found
-
-    def _aside(self) -> Any:
-        """Within it, what is drawn does not change what is drawn behind it."""
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-
-    def _warm_up(self, requests: Sequence[Instance], handle: Any) -> None:
-        with self._aside():
+    def warm_up(self, batch: Sequence[tuple[Any, ...]], handle: Any) -> None:
+        """Answer once for nothing; what is drawn does not change what is drawn behind it."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             try:
-                self._answer([request.args for request in requests[:1]], handle)
+                self.answer(batch, handle)
             except Exception as error:
                 # the same sample comes again at once and is counted there
                 logger.debug(f"warm-up failed: {error}")
 
-    def _answer(self, batch: Sequence[tuple[Any, ...]], handle: Any) -> list[GenerationResult]:
+    def answer(self, batch: Sequence[tuple[Any, ...]], handle: Any) -> list[GenerationResult]:
+        """Answer the requests of one call, given by their arguments, on the model as it is.
+
+        Args:
+            batch: of each request (context, doc_to_messages, generation arguments, number of the
+                question, task, split).
+            handle: of the patch in force.
+        """
         docs = [self.task_dict[task][split][doc_id] for _, _, _, doc_id, task, split in batch]
         prompts, shown = [], []
         for args, doc in zip(batch, docs, strict=True):
@@ -242,14 +227,18 @@ class Vtc(lmms):  # type: ignore[misc]
     ) -> list[SampleCounts]:
         # a call without pictures has no report
         report = handle.report() if any(visuals.shown for visuals in shown) else None
+        remaining = handle.remaining if report else []
         numbers = numbered(shown, len(report.visual_tokens) if report else 0)
         counts = []
         for doc, visuals, own, length in zip(docs, shown, numbers, lengths, strict=True):
             found: Numbers = {}
             if own:
                 found = token_numbers(report, own, alone=len(docs) == 1)
-                found |= evidence(doc, visuals, handle.remaining, own)
+                found |= evidence(doc, visuals, remaining, own)
             counts.append(SampleCounts(output_tokens=length, numbers=found))
+            if self.record_left:
+                left = [one for n, i in enumerate(own) for one in left_of(remaining, i, n)]
+                counts[-1].left = left
         return counts
 
 

@@ -1,4 +1,7 @@
-"""Finished cells on disk: one JSONL of samples and one JSON each, written whole or not at all."""
+"""Finished cells on disk: samples, masks of what was kept, and a JSON that vouches for both.
+
+Each file is written whole or not at all, the JSON last.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from typing import Any
 
 from vtc.errors import VtcError
 
-# what a sweep writes is below 10 MB; a fuller disk would stop it in the middle
+# a sweep writes some 100 kB per cell; a fuller disk would stop it in the middle
 _FREE_BYTES = 64 * 2**20
+_SAMPLES, _KEPT = ".samples.jsonl", ".kept.npz"
 
 
 def check_writable(folder: Path) -> None:
@@ -60,7 +64,10 @@ def write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        raise VtcError(f"{path} could not be written ({error.strerror or error})") from error
+        raise VtcError(
+            f"{path} could not be written ({error.strerror or error}), expected room for it; what "
+            f"is finished is kept: make room and run the same again"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -71,8 +78,27 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that are gone left half-written below a folder."""
+    for partial in folder.glob(".*.partial"):
+        owner = partial.name.split(".")[-2]
+        if not (owner.isdecimal() and _runs(int(owner))):
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 class Cells:
-    """The finished cells below a folder, each under the name of its settings.
+    """The finished cells in a folder, each under the name of its settings.
 
     Args:
         folder: where they are.
@@ -88,41 +114,65 @@ class Cells:
         """The summary of a finished cell, with its `samples`; None if it has to be run."""
         try:
             cell = json.loads(self._path(settings, ".json").read_bytes())
-            data = self._path(settings, ".samples.jsonl").read_bytes()
+            files = self._files(settings)
         except (OSError, ValueError):
             return None
-        expected = self._head(settings, data)
+        expected = self._head(settings, files)
         if not isinstance(cell, dict) or {key: cell.get(key) for key in expected} != expected:
             return None
-        return {**cell, "samples": [json.loads(line) for line in data.splitlines()]}
+        return {**cell, "samples": [json.loads(line) for line in files[_SAMPLES].splitlines()]}
 
     def save(
         self,
         settings: Mapping[str, Any],
         summary: Mapping[str, Any],
         samples: Iterable[Mapping[str, Any]],
+        kept: bytes = b"",
     ) -> None:
-        """Write a cell; its JSON comes last and makes it count."""
-        data = "".join(f"{json.dumps(sample)}\n" for sample in samples).encode()
-        write(self._path(settings, ".samples.jsonl"), data)
-        write(self._path(settings, ".json"), to_json({**self._head(settings, data), **summary}))
+        """Write a cell; its JSON comes last and makes it count.
 
-    def _head(self, settings: Mapping[str, Any], samples: bytes) -> dict[str, Any]:
-        """What a cell's JSON must say for the samples beside it to be believed."""
+        Args:
+            settings: what names it.
+            summary: what else its JSON holds.
+            samples: the lines of its samples file.
+            kept: the content of its masks' file; nothing: it has none.
+        """
+        lines = "".join(f"{json.dumps(sample)}\n" for sample in samples)
+        files = {_SAMPLES: lines.encode(), _KEPT: kept}
+        for ending, data in files.items():
+            if data or ending == _SAMPLES:
+                write(self._path(settings, ending), data)
+        write(self._path(settings, ".json"), to_json({**self._head(settings, files), **summary}))
+
+    def name(self, settings: Mapping[str, Any]) -> str:
+        """What the files of a cell are called, without their endings."""
+        digest = hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest()
+        shown = ("model", "task", "method", "positions", "keep", "seed")
+        parts = [str(settings[key]).replace("/", "_") for key in shown if key in settings]
+        # a composition with options can be longer than a file's name may be
+        return f"{'-'.join(parts)[:120]}-{digest[:8]}"
+
+    def _files(self, settings: Mapping[str, Any]) -> dict[str, bytes]:
+        masks = self._path(settings, _KEPT)
+        return {
+            _SAMPLES: self._path(settings, _SAMPLES).read_bytes(),
+            _KEPT: masks.read_bytes() if masks.exists() else b"",
+        }
+
+    def _head(self, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
+        """What a cell's JSON must say for the files beside it to be believed."""
         return {
             "settings": _plain(settings),
             "fingerprint": self.fingerprint,
-            "n_samples": samples.count(b"\n"),
-            # the two files are replaced one after the other: a stop in between leaves a pair that
-            # doesn't belong together
-            "samples_sha256": hashlib.sha256(samples).hexdigest(),
+            "n_samples": files[_SAMPLES].count(b"\n"),
+            # the files are replaced one after the other: a stop in between leaves some that don't
+            # belong together
+            "samples_sha256": hashlib.sha256(files[_SAMPLES]).hexdigest(),
+            "kept_sha256": hashlib.sha256(files[_KEPT]).hexdigest(),
         }
 
     def _path(self, settings: Mapping[str, Any], ending: str) -> Path:
-        digest = hashlib.sha256(json.dumps(_plain(settings), sort_keys=True).encode()).hexdigest()
-        shown = ("method", "positions", "keep", "seed")
-        name = "-".join(str(settings[key]).replace("/", "_") for key in shown)
-        return self.folder / f"{name}-{digest[:8]}{ending}"
+        return self.folder / f"{self.name(settings)}{ending}"
 
 
 def _plain(settings: Mapping[str, Any]) -> Any:

@@ -1,0 +1,167 @@
+"""One process of a sweep: its models, tasks and stores, and what it takes to finish a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtc.errors import SampleError, VtcError
+from vtc.evaluation.cells import Cell, settings, title, written
+from vtc.evaluation.evaluate import evaluate, flat_sample, load_tasks, quiet
+from vtc.evaluation.fingerprint import environment, fingerprint
+from vtc.evaluation.kept import packed
+from vtc.evaluation.models import Models
+from vtc.evaluation.store import Cells
+
+if TYPE_CHECKING:
+    from vtc.evaluation.config import SweepConfig
+
+Samples = list[dict[str, Any]]
+# of settings, those that a time does not depend on: each timed question runs alone
+_NOT_OF_TIMES = ("questions", "metric", "batch_size")
+
+
+class Answering:
+    """Answers and times cells, and finds those that are finished.
+
+    Args:
+        config: the sweep's.
+        models: of the sweep.
+        include: folder of task files, or None.
+        fingerprints: of each model, as the first process found them; None: this is the first.
+    """
+
+    def __init__(
+        self,
+        config: SweepConfig,
+        models: Models,
+        include: Path | None,
+        fingerprints: Mapping[str, dict[str, str]] | None = None,
+    ) -> None:
+        self.config, self.models, self.include = config, models, include
+        # code and data may be edited while a sweep runs
+        self.fingerprints = fingerprints or {
+            name: fingerprint(loaded, include) for name, loaded in models.items()
+        }
+        self._stores: dict[tuple[str, bool], Cells] = {}
+        self._tasks: dict[str, list[Any]] = {}
+
+    def tasks(self, name: str) -> list[Any]:
+        """The tasks behind a name, loaded when they are needed first.
+
+        Raises:
+            OptionError, InputError: as `load_tasks`.
+        """
+        if name not in self._tasks:
+            with quiet():
+                self._tasks[name] = load_tasks((name,), self.include)
+        return self._tasks[name]
+
+    def answered(self, cell: Cell) -> Samples | None:
+        """The samples of a cell, each with the name of its `cell`; None: it was not run yet."""
+        store, named = self._store(cell.model), settings(self.config, cell)
+        found = store.load(named)
+        if found is None:
+            return None
+        name = store.name(named)
+        return [{**sample, "cell": name} for sample in found["samples"]]
+
+    def timed(self, cell: Cell) -> Samples | None:
+        """The times of a cell; None: they were not taken yet, or on another machine."""
+        if not self.config.timed_samples:
+            return []
+        found = self._store(cell.model, times=True).load(self._times_settings(cell))
+        return None if found is None else list(found["samples"])
+
+    def finished(self, cell: Cell) -> Samples | None:
+        """The samples of a cell with their times; None: something is missing."""
+        samples, times = self.answered(cell), self.timed(cell)
+        if samples is None or times is None:
+            return None
+        found = {(line["task"], line["doc_id"]): line for line in times}
+        return [
+            {**sample, **found.get((sample["task"], sample["doc_id"]), {})} for sample in samples
+        ]
+
+    def answer(self, cell: Cell) -> None:
+        """Ask a cell's questions and write its samples.
+
+        Raises:
+            SampleError: a question failed.
+            VtcError: lmms-eval stopped, or the cell cannot be written.
+        """
+        with _named(cell), quiet():
+            config = self.config
+            model = self._model(cell, batch_size=config.batch_size, record_left=True)
+            results = evaluate(model, self.tasks(cell.task), config.questions)
+            if not results:
+                return
+            # several processes hand over their shares one behind the other
+            lines = [
+                (sample, flat_sample(task, sample, config.metric))
+                for task, logged in results["samples"].items()
+                for sample in sorted(logged, key=lambda sample: int(sample["doc_id"]))
+            ]
+        left = [line.pop("left", None) or [] for _, line in lines]
+        summary = {"results": results["results"], "throughput": results.get("throughput", {})}
+        samples = [line for _, line in lines]
+        self._store(cell.model).save(settings(self.config, cell), summary, samples, packed(left))
+
+    def time(self, cell: Cell) -> None:
+        """Time a cell's first questions and write what they took.
+
+        Raises:
+            SampleError: a question failed.
+            VtcError: the times cannot be written.
+        """
+        from vtc.evaluation.timing import times
+
+        with _named(cell), quiet():
+            try:
+                found = times(self._model(cell), self.tasks(cell.task), self.config.timed_samples)
+            except Exception as error:
+                raise SampleError(
+                    f"a timed question failed, so no times are reported: {type(error).__name__}: "
+                    f"{error}"
+                ) from error
+        self._store(cell.model, times=True).save(self._times_settings(cell), {}, found)
+
+    def _model(self, cell: Cell, **arguments: Any) -> Any:
+        from vtc.evaluation.model import Vtc
+
+        how = cell.compression
+        return Vtc(
+            self.models[cell.model],
+            method=how.method,
+            keep=written(how.keep),
+            positions=how.positions,
+            seed=how.seed,
+            timed_samples=0,
+            **arguments,
+            **how.options,
+        )
+
+    def _times_settings(self, cell: Cell) -> dict[str, Any]:
+        named = settings(self.config, cell)
+        kept = {name: value for name, value in named.items() if name not in _NOT_OF_TIMES}
+        return {**kept, "timed_samples": self.config.timed_samples}
+
+    def _store(self, model: str, times: bool = False) -> Cells:
+        if (model, times) not in self._stores:
+            found: dict[str, Any] = dict(self.fingerprints[model])
+            if times:
+                found |= {name: environment().get(name) for name in ("cpu", "gpu", "threads")}
+            folder = self.config.out / ("times" if times else "cells")
+            self._stores[model, times] = Cells(folder, found)
+        return self._stores[model, times]
+
+
+@contextmanager
+def _named(cell: Cell) -> Iterator[None]:
+    """An error of ours says in which cell it came up."""
+    try:
+        yield
+    except VtcError as error:
+        raise type(error)(f"cell {title(cell)}: {error}") from error
