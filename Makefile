@@ -11,7 +11,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check format docs clean
 
 demo: $(READY)
 	$(BIN)/vtc sweep --questions 200 --out out/demo
@@ -26,7 +26,7 @@ test-all: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell vtc kernels adapters benchmarks tests notebooks README.md CONTRIBUTING.md
+	$(BIN)/codespell vtc kernels adapters benchmarks tests notebooks docs README.md CONTRIBUTING.md
 	@# mypy in the repository root would see only vtc/: check what a user gets installed instead
 	rm -rf build/installed
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/installed .
@@ -36,6 +36,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# pages that open from disk, in build/site
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf $(VENV) build dist out *.egg-info
 
@@ -43,5 +47,5 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "vtc needs Python >= 3.11; got $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e ".[eval,notebook,dev]"
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[eval,notebook,docs,dev]"
 	@touch $@

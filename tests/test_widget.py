@@ -6,6 +6,7 @@ import asyncio
 import io
 import subprocess
 import sys
+from base64 import b64decode
 from typing import Any
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_evidence_is_outlined(loaded: Any, scene: testbed.Example) -> None:
 
 def test_a_viewer_without_a_kernel_gets_a_picture(loaded: Any, scene: testbed.Example) -> None:
     bundle = explore(loaded, scene)._repr_mimebundle_()
-    assert Image.open(io.BytesIO(bundle["image/png"])).width >= 500
+    assert Image.open(io.BytesIO(b64decode(bundle["image/png"]))).width >= 500
     assert "application/vnd.jupyter.widget-view+json" in bundle
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -221,7 +222,7 @@ class Explorer:
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = self.view._repr_mimebundle_(**kwargs)
         # where no kernel runs, a picture still says what the widget is about
-        return {"image/png": self.picture.value, **(bundle or {})}
+        return {"image/png": b64encode(self.picture.value).decode(), **(bundle or {})}
 
 
 def _ipywidgets() -> ModuleType:
