@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from vtc.errors import OptionError
-from vtc.evaluation.cells import BASELINES, distinct, left_out, plan, settings
-from vtc.evaluation.sweep import SweepConfig
+from vtc.evaluation.cells import BASELINES, Cell, distinct, left_out, plan, settings
+from vtc.evaluation.config import SweepConfig
 
 pytestmark = pytest.mark.eval
 
@@ -124,11 +124,23 @@ def test_another_calibration_is_another_cell(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("{}")
     config = SweepConfig(methods=(f"shortv:calibration='{file}'",), keeps=(0.5,))
-    (cell,) = [c for c in plan(config) if c.method == "shortv"]
+    (cell,) = [Cell("m", "t", c) for c in plan(config) if c.method == "shortv"]
     before = settings(config, cell)
     file.write_text("{ }")
     assert settings(config, cell) != before
-    assert "calibrations" not in settings(config, plan(config)[0])
+    assert "calibrations" not in settings(config, Cell("m", "t", plan(config)[0]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"questions": 3}, {"batch_size": 3}, {"metric": "f1"}, {"out": "b"}, {"workers": 3}],
+)
+def test_a_cell_is_named_by_what_its_answers_depend_on(changes):
+    config, cell = SweepConfig(), Cell("m", "t", plan(SweepConfig())[0])
+    same = settings(SweepConfig(**changes), cell) == settings(config, cell)
+    assert same == (changes.keys() <= {"out", "workers"})
+    for other in (Cell("n", "t", cell.compression), Cell("m", "u", cell.compression)):
+        assert settings(config, other) != settings(config, cell)
 
 
 @pytest.mark.parametrize(

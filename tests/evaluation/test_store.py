@@ -3,20 +3,23 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from vtc.errors import VtcError
-from vtc.evaluation.store import Cells, check_writable, write
+from vtc.evaluation.store import Cells, check_writable, remove_leftovers, write
 
 SETTINGS = {"method": "vtc_cls", "positions": "keep", "keep": 0.11, "seed": 0, "tasks": ["t"]}
+TEXT = {"capture_output": True, "text": True, "check": True}
 SAMPLES = [{"doc_id": i, "score": i / 3, "answer": f"ja, «{i}»\u2028\n"} for i in range(5)]
 
 
 @pytest.fixture
 def cells(tmp_path):
     found = Cells(tmp_path / "cells", {"vtc": "1"})
-    found.save(SETTINGS, {"results": {"accuracy": 0.5}}, SAMPLES)
+    found.save(SETTINGS, {"results": {"accuracy": 0.5}}, SAMPLES, b"masks")
     return found
 
 
@@ -55,7 +58,7 @@ def test_another_fingerprint_does_not_see_it(cells):
 
 
 def test_half_a_file_is_not_believed(cells):
-    for ending in (".samples.jsonl", ".json"):
+    for ending in (".samples.jsonl", ".json", ".kept.npz"):
         path = file(cells, ending)
         whole = path.read_bytes()
         for length in range(0, len(whole) - 1, 7):
@@ -64,6 +67,17 @@ def test_half_a_file_is_not_believed(cells):
         path.unlink()
         assert cells.load(SETTINGS) is None
         path.write_bytes(whole)
+    assert cells.load(SETTINGS) is not None
+
+
+def test_what_an_ended_process_left_is_removed_and_nothing_else(cells):
+    mine = cells.folder / f".a.json.{os.getpid()}.partial"
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **TEXT).stdout
+    other = cells.folder / f".a.json.{ended.strip()}.partial"
+    mine.touch()
+    other.touch()
+    remove_leftovers(cells.folder)
+    assert mine.exists() and not other.exists()
     assert cells.load(SETTINGS) is not None
 
 

@@ -22,9 +22,12 @@ _SHOWN_ONLY = ("cli.py", "viz.py", "layer_chart.py", "commands", "evaluation", "
 _MEASURING = (
     "evaluation/compression.py",
     "evaluation/evaluate.py",
+    "evaluation/flops.py",
+    "evaluation/kept.py",
     "evaluation/loading.py",
     "evaluation/measure.py",
     "evaluation/model.py",
+    "evaluation/timing.py",
     "evaluation/visuals.py",
     "testbed/examples.py",
     "testbed/scoring.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ class Kept:
             ]
             visuals, grids = part["visual"].tolist(), [tuple(row) for row in part["grid"].tolist()]
             samples = part["sample"].tolist()
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(
                 f"{'these masks' if isinstance(source, bytes) else source} cannot be read "
                 f"({error}), expected the .kept.npz file of a cell; run the sweep again"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtc.evaluation.compression import FULL, Compression
+from vtc.evaluation.flops import flops_of
 from vtc.evaluation.measure import MEMORY, TIMES
 from vtc.evaluation.model import Vtc
 
@@ -32,15 +33,32 @@ def times(model: Vtc, tasks: Sequence[Any], count: int) -> list[Times]:
     """
     found = []
     for task in tasks:
-        task.build_all_requests(limit=count)
-        name = task.config.task
-        model.task_dict[name] = task.dataset
-        asked = [request.args for request in task.instances]
+        asked, name = requests(model, task, count), task.config.task
         full = [numbers["ttft_ms"] for numbers in _asked(model, Compression(FULL), _one(asked))]
         own = _asked(model, model.compression, asked)
         for args, numbers, full_ms in zip(asked, own, full, strict=True):
             found.append({"task": name, "doc_id": args[3], **numbers, "full_ttft_ms": full_ms})
     return found
+
+
+def flops(model: Vtc, task: Any) -> int:
+    """Of the first question of a task, up to its first token; see `vtc.evaluation.flops`."""
+    (first,) = _one(requests(model, task, 1))
+    with model.compression.patch(model.loaded.model) as handle:
+        return flops_of(lambda: model.answer([first], handle))
+
+
+def requests(model: Vtc, task: Any, count: int) -> list[tuple[Any, ...]]:
+    """The arguments of the first `count` requests of a task, which `model` can answer from now on.
+
+    Args:
+        model: any.
+        task: one of `load_tasks`.
+        count: how many.
+    """
+    task.build_all_requests(limit=count)
+    model.task_dict[task.config.task] = task.dataset
+    return [request.args for request in task.instances]
 
 
 def _one(asked: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
