@@ -141,6 +141,16 @@ class Adapter(ABC):
         """What stands at a newline token `[D]`; None in families without any."""
         return None
 
+    @property
+    def projects(self) -> bool:
+        """Whether `project` can be asked for."""
+        return False
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features of the tap `[..., D]`, of patches, sums of patches or a [CLS], as tokens of the
+        LLM."""
+        raise NotImplementedError(f"{type(self).__name__} does not project features one by one")
+
     def has_images(self, inputs: Mapping[str, Any]) -> bool:
         """Whether pixels come with these keyword inputs of the model."""
         return any(inputs.get(name) is not None for name in self.pixel_inputs)

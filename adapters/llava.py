@@ -76,6 +76,15 @@ class LlavaAdapter(Adapter):
             has_cls=_TOWERS_WITH_CLS[config.vision_config.model_type],
         )
 
+    @property
+    def projects(self) -> bool:
+        """Where features are those of one block."""
+        return len(self._layers()) == 1
+
+    def project(self, features: Tensor) -> Tensor:
+        """Through the projector."""
+        return self.model.model.multi_modal_projector(features)  # type: ignore[no-any-return]
+
     def _layers(self) -> list[int]:
         layers = self.model.config.vision_feature_layer
         return list(layers) if isinstance(layers, list | tuple) else [layers]
@@ -288,6 +297,11 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         "vision_feature_select_strategy",
         "vision_aspect_ratio",
     )
+
+    @property
+    def projects(self) -> bool:
+        """Never: tokens of videos and of large canvases are pooled behind the projector."""
+        return False
 
     @property
     def video_token_id(self) -> int:

@@ -27,6 +27,7 @@ class Facts:
         encoder_depth: blocks of the vision encoder.
         tap: the block whose output the LLM reads, 0-based.
         has_cls: whether token 0 of the encoder is a [CLS].
+        projects: whether the projector takes features one by one, whatever they are.
         patches_per_token: m, patches that become one LLM token.
         tiled: whether an image may be encoded as several crops or tiles.
         llm_depth: decoder layers.
@@ -51,6 +52,7 @@ class Facts:
     llm_kind: str = ""
     name: str = ""
     llm_kv_heads: int = 0
+    projects: bool = False
 
 
 @dataclass(frozen=True, eq=False)

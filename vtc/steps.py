@@ -172,4 +172,5 @@ def widened(selection: Selection, left: Selection) -> Selection:
         merge=merge,
         parts=left.parts,
         merged=selection.merged,
+        sends_cls=selection.sends_cls,
     )

@@ -27,6 +27,8 @@ TEXT = "text"
 ENCODER_ROW = "encoder_row"
 # the signals that are a vector for each token, `[G, N, D]`
 VECTORS = (LLM_HIDDEN, "encoder_features", "keys", "mean_keys")
+# of the [CLS] of each row of an image, `[G, rows, D]`: read by the runtime, not by methods
+CLS_FEATURES = "cls_features"
 
 
 def round_half_up(x: float) -> int:
@@ -51,8 +53,8 @@ class Signal:
             block (heads side by side), `"mean_keys"` (the mean over heads) or `"llm_hidden"` (the
             input of one decoder layer, to which the language model is run once more). Besides:
             `"text"` (`Tokens.text`), `"encoder_row"` (`[G, N]`, the crop, tile or frame of its
-            image that a token is from) or `"image_key"` (a number made from the pixels of the
-            group's image).
+            image that a token is from), `"image_key"` (a number made from the pixels of the
+            group's image) or, for selections that send a [CLS], `"cls_features"`.
         blocks: encoder blocks, 0-based, as published for an encoder of `depth` blocks; they are
             scaled to the model at hand. Negative ones count from the end, like a Python slice,
             unscaled.
@@ -265,7 +267,8 @@ class Selection:
     ones (merged or pooled). Indices always refer to the original LLM tokens of the group.
 
     Attributes:
-        keep: `int64[G, K]`, ascending, 0 where not `valid`; −1 for a [CLS] sent to the LLM.
+        keep: `int64[G, K]`, ascending, 0 where not `valid`; −1 for a [CLS] sent to the LLM, which
+            stands before all tokens of its image.
         valid: `bool[G, K]`.
         lengths: number of original tokens of each group.
         parent: `int64[G, 2]`: image and batch row of each group.
@@ -277,6 +280,7 @@ class Selection:
         parts: the grids of the parts of each group, as in `Tokens`; None: each is its one grid.
         merged: what `merge` sums: tokens as the LLM gets them, or the encoder's features, projected
             afterwards where the model projects one by one (the LLaVA lineage); elsewhere tokens.
+        sends_cls: whether the first slot of every group is the [CLS] of its image.
     """
 
     keep: Tensor
@@ -289,6 +293,7 @@ class Selection:
     merge: tuple[Tensor, Tensor, Tensor] | None = None
     parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
     merged: Literal["llm", "encoder"] = "llm"
+    sends_cls: bool = False
 
     def __post_init__(self) -> None:
         if self.positions is None:
@@ -373,7 +378,8 @@ class Selection:
         return mask
 
     def apply(self, x: Tensor) -> Tensor:
-        """What reaches the LLM of `x [G, N, ...]`: `[G, S, ...]`, zeros in empty slots."""
+        """What reaches the LLM of `x [G, N, ...]`: `[G, S, ...]`, zeros in empty slots; where a
+        [CLS] stands, the token whose position it takes."""
         slots = self.slot_positions.to(x.device)
         group = torch.arange(len(slots), device=x.device)[:, None]
         over = [1] * (x.dim() - 2)  # an index [G, S] seen over the trailing dimensions of x
@@ -403,6 +409,7 @@ class Selection:
         tensors = {name: part.cpu().contiguous() for name, part in named.items()}
         meta = {"lengths": json.dumps(self.lengths), "grid": json.dumps(self.grid)}
         meta |= {"parts": json.dumps(self.parts), "merged": self.merged}
+        meta["sends_cls"] = json.dumps(self.sends_cls)
         save_file(tensors, str(path), metadata=meta)
 
     @classmethod
@@ -424,6 +431,7 @@ class Selection:
             merge=(part["slot"], part["token"], part["weight"]) if "slot" in part else None,
             parts=_as_parts(json.loads(meta.get("parts", "null"))),
             merged=meta.get("merged", "llm"),
+            sends_cls=json.loads(meta.get("sends_cls", "false")),
         )
 
 

@@ -132,6 +132,7 @@ def plan(
     """
     device = attention_mask.device
     batch, length = attention_mask.shape
+    selection, cls = without_cls(selection)
     placed = images.to(device)
     keep, keep_valid = selection.keep.to(device), selection.valid.to(device)
     # each group's scratch column S takes what is not valid
@@ -154,31 +155,54 @@ def plan(
     origin[row, kept] = placed.columns.gather(1, at)
     first = (attention_mask != 0).int().argmax(-1, keepdim=True)
     origin, group = origin[:, :length], group[:, :length]
-    if positions.shape[1] == keep.shape[1]:
+    if cls is None and positions.shape[1] == keep.shape[1]:
         width = int(stays.sum(-1).max()) if width is None else width
         index, valid = ops.packed_index(stays, width)
         places = index, origin.gather(1, index), group.gather(1, index)
         return Compaction(index, valid, *places, first=first, length=length, appended=0)
-    parts = _appended(images, positions[:, keep.shape[1] :].cpu(), batch)
+    parts = _appended(images, positions[:, keep.shape[1] :].cpu(), batch, cls)
     column, *behind = (part.to(device) for part in parts)
     # where nothing is kept as it is, slots stand where they belong, before a newline of their row
-    behind = [column if keep.shape[1] else behind[0], *behind]
+    alone = keep.shape[1] == 0 and cls is None
+    behind = [behind[0] if alone else column, *behind]
     here = torch.arange(length, device=device).expand(batch, -1)
-    return _sorted((here, origin, group, stays), behind, first, width)
+    return _sorted((here, origin, group, stays, stays & False), behind, first, width)
+
+
+def without_cls(selection: Selection) -> tuple[Selection, Tensor | None]:
+    """A selection without the [CLS] that it sends, and the token of each group whose position that
+    takes, `int64[G]` on the CPU; None: it sends none."""
+    if not selection.sends_cls:
+        return selection, None
+    merge = selection.merge
+    if merge is not None:
+        slot, token, weight = merge
+        merge = ((slot - 1).clamp_min(0), token, weight)
+    positions = selection.slot_positions
+    rest = replace(
+        selection,
+        keep=selection.keep[:, 1:],
+        valid=selection.valid[:, 1:],
+        positions=positions[:, 1:],
+        merge=merge,
+        sends_cls=False,
+    )
+    return rest, positions[:, 0].cpu()
 
 
 def _sorted(
     there: tuple[Tensor, ...], behind: list[Tensor], first: Tensor, width: int | None
 ) -> Compaction:
     """Original columns and appended slots as one sequence; both as their column, the column whose
-    position they take, their image, and whether they are used."""
+    position they take, their image, whether they are used, and whether they stand before it."""
     length, appended = there[0].shape[1], behind[0].shape[1]
-    columns, origin, group, used = (
+    columns, origin, group, used, before = (
         torch.cat([a, b.to(a.dtype)], 1) for a, b in zip(there, behind, strict=True)
     )
-    # appended slots sort behind their column, before the next one
-    key = columns * (appended + 1)
+    # appended slots sort behind their column, before the next one, or before their own
+    key = columns * (2 * appended + 1) + appended
     key[:, length:] += 1 + torch.arange(appended, device=key.device)
+    key = torch.where(before, key - 1 - appended, key)
     width = int(used.sum(-1).max()) if width is None else width
     if (more := max(width - used.shape[1], 0)) > 0:
         key, used, columns, origin, group = (
@@ -205,16 +229,23 @@ def by_row(parts: list[Tensor], rows: Tensor, batch: int) -> Tensor:
     return pad_sequence([torch.cat(found) for found in of_row], batch_first=True)
 
 
-def _appended(images: Images, tokens: Tensor, batch: int) -> tuple[Tensor, ...]:
+def _appended(images: Images, tokens: Tensor, batch: int, cls: Tensor | None) -> tuple[Tensor, ...]:
     """Appended slots by row and in order, each `[B, A]`: their column, the column whose position
-    they take, their image, and which exist. `tokens [G, A_g]` on the CPU names the token of each
-    group whose position a slot takes."""
+    they take, their image, which exist, and which stand before their column. `tokens [G, A_g]` on
+    the CPU names the token of each group whose position a slot takes, `cls [G]` that of its [CLS],
+    which comes first and stands before the image."""
     parts = []
     for g, slots in enumerate(tokens):
         slots, places = slots[slots >= 0], images.columns[g]
-        last = places[images.lengths[g] - 1].expand_as(slots)
+        first = slots[:0] if cls is None else cls[g : g + 1]
+        column = torch.cat(
+            [places[:1].expand_as(first), places[images.lengths[g] - 1].expand_as(slots)]
+        )
+        slots = torch.cat([first, slots])
+        before = torch.arange(len(slots)) < len(first)
         image = torch.full_like(slots, g)
-        parts.append(torch.stack([last, places[slots], image, torch.ones_like(slots)], -1))
+        rows = [column, places[slots], image, torch.ones_like(slots), before.long()]
+        parts.append(torch.stack(rows, -1))
     return by_row(parts, images.rows, batch).unbind(-1)
 
 

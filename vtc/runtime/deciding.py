@@ -16,7 +16,7 @@ from vtc.runtime.peek import layer_input
 from vtc.runtime.short import gather_groups
 from vtc.scorers import RandomScores
 from vtc.steps import decisions
-from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Selection, Signal, Tokens
+from vtc.types import CLS_FEATURES, ENCODER_ROW, LLM_HIDDEN, TEXT, Selection, Signal, Tokens
 
 if TYPE_CHECKING:
     from vtc.runtime.session import Session
@@ -70,7 +70,8 @@ def _tokens(
     """All tokens of each image, with what one method needs where this is left of them."""
     tower = session.tower
     # the encoder of a model spread over devices may be elsewhere
-    signals = {key: x.to(features.device) for key, x in session.signals(method.needs).items()}
+    needs = tuple(signal for signal in method.needs if signal.name != CLS_FEATURES)
+    signals = {key: x.to(features.device) for key, x in session.signals(needs).items()}
     drawn = [signal for signal in tower.signals.draws if signal in method.needs]
     if drawn or any(signal.name == "image_key" for signal in method.needs):
         signals["image_key"] = tower.keys(images, inputs)

@@ -22,7 +22,7 @@ from vtc.runtime.fast_encoder import Encoded
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.images import Images
 from vtc.runtime.short import Full, Short, gather_groups
-from vtc.types import LLM_HIDDEN, TEXT, Selection
+from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Selection
 
 if TYPE_CHECKING:
     from vtc.runtime.session import Session
@@ -72,6 +72,11 @@ class FastSelection:
         if session.tower.signals.draws:
             return "the method draws numbers on the host"
         steps = session.method.steps(session.budget)
+        choosing = [s.method for s in steps if s.method.site == "llm_input"]
+        if any(method.count == "adaptive" for method in choosing):
+            return "how many tokens the method keeps depends on them"
+        if len(choosing) > 1 and any(n.name == ENCODER_ROW for n in session.method.needs):
+            return "a stage asks which crops the tokens are of that an earlier one left"
         if session.tower.cuts is not None and any(s.method.site == "llm_input" for s in steps):
             return "a stage chooses among what cuts inside the encoder left"
         return None
@@ -166,7 +171,7 @@ class FastSelection:
             embeds = encoded.into(session.embedded(ids), images)
             found = decided(session, images, gather_groups(images, embeds), {})
             selection = _placed(found[-1] if found else session.everything(images), ids.device)
-            if selection.slot_positions.shape[1] != selection.keep.shape[1]:
+            if selection.merge is not None or selection.sends_cls:
                 raise CaptureError("where merged tokens stand is found on the host")
             policy = session.policy if found else "keep"
             short = session.shorten(images, selection, Full(embeds), mask, positions, policy=policy)

@@ -25,6 +25,7 @@ from vtc.runtime.compaction import Policy, by_row, plan
 from vtc.runtime.deciding import decided
 from vtc.runtime.images import Images, find_images
 from vtc.runtime.layers import LayerSeam
+from vtc.runtime.merging import merged
 from vtc.runtime.report import kv_bytes, kv_lengths
 from vtc.runtime.row_run import Expected
 from vtc.runtime.row_seam import RowSeam
@@ -33,7 +34,6 @@ from vtc.runtime.short import (
     Short,
     cells_of,
     following,
-    gather_groups,
     last,
     placed_of,
     with_slots,
@@ -373,13 +373,8 @@ class Session:
                 embeds = embeds.index_put((at[:, 0], at[:, 1]), newline.to(embeds))
             appended = by_row(small, images.rows, len(embeds))
             embeds = F.pad(embeds, (0, appended.shape[-1] - embeds.shape[-1]))
-        elif selection.merge is not None:
-            slots = selection.apply(gather_groups(images, embeds))  # [G, S, D]
-            kept = selection.keep.shape[1]
-            filled = selection.slot_positions[:, kept:].cpu() >= 0
-            parts = [s[where] for s, where in zip(slots[:, kept:], filled, strict=True)]
-            appended = by_row(parts, images.rows, len(embeds))
-            embeds = with_slots(images, selection, embeds, slots)
+        elif selection.merge is not None or selection.sends_cls:
+            appended, embeds = merged(self, images, selection, embeds)
         short = compaction.gather(embeds, appended)
         short_mask = compaction.mask(mask)
         short_ids = compaction.positions(ids, short_mask, policy)

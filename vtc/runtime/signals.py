@@ -13,13 +13,14 @@ from vtc.adapters.base import Encoder
 from vtc.errors import SignalError
 from vtc.runtime.layouts import PackedLayout, RowLayout
 from vtc.runtime.rows import Run
-from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Signal
+from vtc.types import CLS_FEATURES, ENCODER_ROW, LLM_HIDDEN, TEXT, Signal
 
 _PIXELS = "image_key"
 _FEATURES = "encoder_features"
 _OF_CLS = ("cls_row", "cls_row_joint")
 _KEYS = ("keys", "mean_keys")
-_OF_BLOCKS = (*_OF_CLS, "received_row", *_KEYS, _FEATURES)
+_OUTPUTS = (_FEATURES, CLS_FEATURES)
+_OF_BLOCKS = (*_OF_CLS, "received_row", *_KEYS, *_OUTPUTS)
 _ROWS = {"mean_query_row": ops.mean_query_row, "received_row": ops.attention_received}
 # what is computed in the place of a [CLS] row, where a method declares it
 STAND_INS = {
@@ -64,7 +65,7 @@ class EncoderSignals:
 
     def _check_vectors(self) -> None:
         for signal, window in self.windows.items():
-            if signal.name in (*_KEYS, _FEATURES) and len(window) != 1:
+            if signal.name in (*_KEYS, *_OUTPUTS) and len(window) != 1:
                 raise SignalError(
                     f"signal {signal.name!r} was asked for of {len(window)} blocks, expected one: "
                     "it is a vector for each token"
@@ -88,14 +89,14 @@ class EncoderSignals:
     @property
     def blocks(self) -> tuple[int, ...]:
         """The encoder blocks that are probed."""
-        unprobed = ("random_row", _FEATURES)
+        unprobed = ("random_row", *_OUTPUTS)
         read = [w for s, w in self.windows.items() if self.kinds[s] not in unprobed]
         return tuple(sorted({b for window in read for b in window}))
 
     @property
     def feature_blocks(self) -> tuple[int, ...]:
         """The encoder blocks whose output is read."""
-        read = [w for s, w in self.windows.items() if self.kinds[s] == _FEATURES]
+        read = [w for s, w in self.windows.items() if self.kinds[s] in _OUTPUTS]
         return tuple(sorted({b for window in read for b in window}))
 
     @property
@@ -122,7 +123,7 @@ class EncoderSignals:
     def _kinds_of(self, block: int) -> tuple[str, ...]:
         """What is read off the attention of a block."""
         found = (k for s, k in self.kinds.items() if block in self.windows[s])
-        return tuple(sorted(set(found) - {"random_row", _FEATURES}))
+        return tuple(sorted(set(found) - {"random_row", *_OUTPUTS}))
 
     def finish(self, run: Run) -> None:
         """The tower has run over `run`: turn what was seen into rows and vectors."""
@@ -140,6 +141,8 @@ class EncoderSignals:
             if self._encoder.packed:
                 hidden = run.assembled([h.view(1, 1, -1, h.shape[-1]) for h in outputs])[:, 0]
             self._note(block, _FEATURES, _by_unit(run, hidden[:, int(self._encoder.has_cls) :]))
+            if self._encoder.has_cls:
+                self._note(block, CLS_FEATURES, hidden[:, 0])
         self._chunks.clear()
         self._outputs.clear()
 
@@ -210,6 +213,9 @@ class EncoderSignals:
                 # blocks of a tower spread over devices leave them in several places
                 device = self._found[window[-1], kind][i].device
                 found = [self._found[b, kind][i].to(device) for b in window]
+                if kind == CLS_FEATURES:
+                    parts += [x.T for x in found[0].split([v.rows for v in run.visuals])]
+                    continue
                 # [L, R, U], or of vectors [D, R, U]
                 rows = torch.stack(found) if found[0].dim() == 2 else found[0].movedim(-1, 0)
                 parts += run.to_tokens(rows)

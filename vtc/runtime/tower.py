@@ -24,7 +24,7 @@ from vtc.runtime.probe import probed
 from vtc.runtime.rows import Run, runs_of
 from vtc.runtime.signals import EncoderSignals
 from vtc.sites import Facts
-from vtc.types import VECTORS, Budget, Selection, Signal
+from vtc.types import CLS_FEATURES, VECTORS, Budget, Selection, Signal
 
 # of splitmix64, as a signed number
 _ODD = -0x61C8864680B583EB
@@ -48,6 +48,7 @@ def facts_of(adapter: Adapter) -> Facts:
         llm_kind=text.model_type,
         name=adapter.model.config._name_or_path or "",
         llm_kv_heads=text.num_key_value_heads,
+        projects=adapter.projects,
     )
 
 
@@ -203,7 +204,8 @@ class Tower:
     def read(self, needs: tuple[Signal, ...] | None = None) -> dict[str, Tensor]:
         """Signals of the call by key, these or all: rows `float32[G, L, N]` and vectors
         `[G, N, D]`, zeros on padding."""
-        vectors = {s.key for s in self.signals.windows if s.name in VECTORS}
+        wide = (*VECTORS, CLS_FEATURES)
+        vectors = {s.key for s in self.signals.windows if s.name in wide}
         found = {}
         for key, parts in self.signals.read(self._runs, needs).items():
             padded = pad_sequence([p.T for p in parts], batch_first=True)

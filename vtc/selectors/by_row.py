@@ -165,6 +165,7 @@ def joined(
         merge=merge,
         parts=tokens.parts,
         merged=selection.merged,
+        sends_cls=False,
     )
 
 
