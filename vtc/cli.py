@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vtc", description="Compress the visual tokens of multimodal LLMs.")
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for add in (_demo, _sweep, _calibrate, _bench, _methods, _tasks, _doctor):
+    for add in (_demo, _sweep, _trace, _calibrate, _bench, _methods, _tasks, _doctor):
         add(commands)
     return parser
 
@@ -142,6 +142,18 @@ def _sweep(commands: Any) -> None:
     p.add_argument("--pictures", type=_whole(0), help=pictures)
     workers = "processes that answer, on a CPU (default: one for each core, of small models)"
     p.add_argument("--workers", type=_whole(1), help=workers)
+
+
+def _trace(commands: Any) -> None:
+    what = "compute rows of a sweep's table again from its samples, and show where these lie"
+    p = _command(commands, "trace", what)
+    p.add_argument("out", type=Path, metavar="OUT", help="folder of the sweep")
+    p.add_argument("--model", help="short name, as in the table")
+    p.add_argument("--task", help="as in the table")
+    p.add_argument("--method", help="its name, or with its options as in the table")
+    p.add_argument("--keep", help="as in the table: 0.11, 64tok or adaptive")
+    p.add_argument("--positions", choices=_POSITIONS)
+    p.add_argument("--seed", help="the row of one seed instead of all averaged")
 
 
 def _calibrate(commands: Any) -> None:

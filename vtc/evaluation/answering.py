@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtc.errors import SampleError, VtcError
 from vtc.evaluation.cells import Cell, settings, title, written
+from vtc.evaluation.compression import FULL
 from vtc.evaluation.evaluate import evaluate, flat_sample, load_tasks, quiet
 from vtc.evaluation.fingerprint import environment, fingerprint
 from vtc.evaluation.kept import packed
@@ -47,6 +49,7 @@ class Answering:
         }
         self._stores: dict[tuple[str, bool], Cells] = {}
         self._tasks: dict[str, list[Any]] = {}
+        self._flops: dict[tuple[Any, ...], int] = {}
 
     def tasks(self, name: str) -> list[Any]:
         """The tasks behind a name, loaded when they are needed first.
@@ -69,11 +72,15 @@ class Answering:
         return [{**sample, "cell": name} for sample in found["samples"]]
 
     def timed(self, cell: Cell) -> Samples | None:
-        """The times of a cell; None: they were not taken yet, or on another machine."""
+        """The times of a cell, each with the name of its file as `timed_in`; None: they were not
+        taken yet, or on another machine."""
         if not self.config.timed_samples:
             return []
-        found = self._store(cell.model, times=True).load(self._times_settings(cell))
-        return None if found is None else list(found["samples"])
+        store, named = self._store(cell.model, times=True), self._times_settings(cell)
+        if (found := store.load(named)) is None:
+            return None
+        name = store.name(named)
+        return [{**sample, "timed_in": name} for sample in found["samples"]]
 
     def finished(self, cell: Cell) -> Samples | None:
         """The samples of a cell with their times; None: something is missing."""
@@ -120,13 +127,58 @@ class Answering:
 
         with _named(cell), quiet():
             try:
-                found = times(self._model(cell), self.tasks(cell.task), self.config.timed_samples)
+                model, tasks = self._model(cell), self.tasks(cell.task)
+                found = times(model, tasks, self.config.timed_samples)
+                self._count(cell, model, found)
             except Exception as error:
                 raise SampleError(
                     f"a timed question failed, so no times are reported: {type(error).__name__}: "
                     f"{error}"
                 ) from error
         self._store(cell.model, times=True).save(self._times_settings(cell), {}, found)
+
+    def check_blind(self, cells: Sequence[Cell]) -> list[str]:
+        """See that no method of the cells sees evidence: each once per model, where there is any.
+
+        Returns:
+            A sentence for each that can't be judged.
+
+        Raises:
+            VtcError: a method peeks; or what stopped it on a question.
+        """
+        from vtc.evaluation.blind import check_blind, with_evidence
+
+        # the sweep's own files; those of a user are not touched
+        own = self.include is not None and self.config.include_path is None
+        files = sorted(self.include.glob("*.parquet")) if self.include and own else []
+        notes, done = [], set[tuple[str, str]]()
+        for model, name in dict.fromkeys((cell.model, cell.task) for cell in cells):
+            for task in self.tasks(name):
+                last = {
+                    cell.compression.label: partial(self._model, cell, record_left=True)
+                    for cell in cells
+                    if (cell.model, cell.task) == (model, name)
+                    and (model, cell.compression.label) not in done
+                    and cell.compression.method != FULL
+                }
+                if last and with_evidence(task):
+                    with quiet():
+                        notes += check_blind(last, task, files)
+                    done |= {(model, label) for label in last}
+        return notes
+
+    def _count(self, cell: Cell, model: Any, found: Samples) -> None:
+        """Give the first question of each task its FLOPs; positions and seeds don't change them."""
+        from vtc.evaluation.timing import flops
+
+        how = cell.compression
+        seed = how.seed if how.keep is None else None
+        for task in self.tasks(cell.task):
+            name = task.config.task
+            key = (cell.model, name, how.label, how.keep, seed)
+            if key not in self._flops:
+                self._flops[key] = flops(model, task)
+            next(line for line in found if line["task"] == name)["flops"] = self._flops[key]
 
     def _model(self, cell: Cell, **arguments: Any) -> Any:
         from vtc.evaluation.model import Vtc

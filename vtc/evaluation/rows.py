@@ -48,7 +48,8 @@ _OVER_IMAGES = {"min": 0.0, "p20": 0.2, "p50": 0.5, "p80": 0.8, "max": 1.0}
 def row_of(scores: Scores, part: pd.DataFrame) -> Row:
     """The row of some samples of one cell, of one of its seeds or of all.
 
-    Without `p_random_holm` and `p_downsample_holm`, which depend on the other rows.
+    `cells` and `times` name the files of its samples and of their times, see `vtc trace`. Without
+    `p_random_holm` and `p_downsample_holm`, which depend on the other rows.
     """
     first, seeds = part.iloc[0], part["seed"].unique()
     row: Row = {name: first[name] for name in NAMES}
@@ -59,7 +60,13 @@ def row_of(scores: Scores, part: pd.DataFrame) -> Row:
         row |= {
             f"accuracy_{kind}": float(v) for kind, v in part.groupby("kind")["score"].mean().items()
         }
-    return row | _cost(part) | _compared(scores, row)
+    files = {"cells": _named(part, "cell"), "times": _named(part, "timed_in")}
+    return row | _cost(part) | _compared(scores, row) | files
+
+
+def _named(part: pd.DataFrame, column: str) -> list[str]:
+    """The files that samples came from."""
+    return sorted(part[column].dropna().unique()) if column in part else []
 
 
 def _cost(part: pd.DataFrame) -> Row:

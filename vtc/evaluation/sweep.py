@@ -30,6 +30,7 @@ class SweepResult:
     Attributes:
         rows: one per cell and task, as in `table.csv`.
         summary: the same with the seeds of a method averaged, as printed.
+        ranking: one per curve, the largest area first, see `vtc.evaluation.ranking`.
         out: the folder of `table.csv`, `table.json`, `report.html`, the figures, each as PNG and
             SVG, and of `cells`: what was answered to each question and which tokens were left.
         notes: what was not run, and why.
@@ -38,6 +39,7 @@ class SweepResult:
 
     rows: list[dict[str, Any]]
     summary: list[dict[str, Any]]
+    ranking: list[dict[str, Any]]
     out: Path
     notes: tuple[str, ...]
     samples: Any = field(repr=False)
@@ -58,9 +60,12 @@ class SweepResult:
 
     def show(self) -> None:
         """Print the table."""
+        from vtc.evaluation.orders import best
         from vtc.evaluation.printed import show
 
         show(self.summary)
+        for line in best(self.ranking):
+            print(line)
         for note in self.notes:
             print(note)
 
@@ -69,6 +74,7 @@ class SweepResult:
         return {
             "rows": self.rows,
             "summary": self.summary,
+            "ranking": self.ranking,
             "notes": list(self.notes),
             **{name: str(place) for name, place in self.places.items()},
         }
@@ -86,7 +92,8 @@ def run(config: SweepConfig) -> SweepResult:
             before any question is asked.
         InputError: the questions of none of the tasks are there.
         SampleError: a question of a cell failed; finished cells stay, no report is written.
-        VtcError: the folder cannot be written, the eval extra is missing, a model does not load.
+        VtcError: the folder cannot be written, the eval extra is missing, a model does not load, a
+            method sees which tokens carry the answer (`vtc.evaluation.blind`).
     """
     require_extra()
     compressions = plan(config)
@@ -105,6 +112,7 @@ def run(config: SweepConfig) -> SweepResult:
             for compression in own
         ]
         cells, missing = _with_questions(config, answering, cells)
+        missing += _check_blind(answering, cells)
         used = _answer(config, answering, cells)
         samples = _finish(answering, cells)
         notes = [*left_out(config), *notes, *missing]
@@ -129,6 +137,13 @@ def _with_questions(
         raise next(iter(missing.values()))
     left = [cell for cell in cells if cell.task not in missing]
     return left, [f"{task}: not run, because {error}" for task, error in missing.items()]
+
+
+def _check_blind(answering: Answering, cells: Sequence[Cell]) -> list[str]:
+    """Once for each method that still has something to answer, before anybody reads questions."""
+    with distributed.first_before_others():
+        todo = [cell for cell in cells if answering.answered(cell) is None]
+        return answering.check_blind(todo) if distributed.is_first() else []
 
 
 def _answer(config: SweepConfig, answering: Answering, cells: Sequence[Cell]) -> int:
@@ -188,10 +203,13 @@ def _report(
 ) -> SweepResult:
     from vtc.evaluation import table
     from vtc.evaluation.fingerprint import environment
+    from vtc.evaluation.ranking import ranking
     from vtc.evaluation.report import write_outputs
 
     frame = table.samples_frame((cell.model, cell.compression, found) for cell, found in samples)
-    result = SweepResult(*table.tables(frame), out=config.out, notes=tuple(notes), samples=frame)
+    rows, summary = table.tables(frame)
+    ranked = ranking(frame, summary)
+    result = SweepResult(rows, summary, ranked, config.out, tuple(notes), frame)
     names = dict.fromkeys(cell.task for cell, _ in samples) if config.pictures else ()
     tasks = [task for name in names for task in answering.tasks(name)]
     machine = {**environment(), "workers": str(used)}
