@@ -16,7 +16,8 @@ from vtc.commands import support
 from vtc.methods.base import Method
 
 # paragraphs that tell where the code and the paper say different things
-_DIFFERS = re.compile(r"(Code and paper|Paper and code|Where the paper leaves it open)\b")
+_DIFFERS = re.compile(r"(Code and paper|Where the paper leaves it open)[:.,]\s*")
+_OFFICIAL = "The official code"
 _GROUPS = {site: words[:1].upper() + words[1:] for site, words in support.SITES.items()}
 _KEEPS = {
     "exact": "met exactly",
@@ -99,11 +100,12 @@ def _facts(method: Method) -> str:
 
 
 def _paragraph(text: str) -> str:
-    if (found := _DIFFERS.match(text)) is None:
+    found = _DIFFERS.match(text)
+    if found is None and not text.startswith(_OFFICIAL):
         return linked(text)
-    rest = text[found.end() :].lstrip(":, \n")
+    title, rest = (found[1], text[found.end() :]) if found else ("Code and paper", text)
     body = linked(rest[:1].upper() + rest[1:]).replace("\n", "\n    ")
-    return f'!!! note "{found[0]}"\n    {body}'
+    return f'!!! note "{title}"\n    {body}'
 
 
 def _options(method: Method) -> str:
