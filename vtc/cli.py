@@ -87,10 +87,18 @@ def _methods(commands: Any) -> None:
 
 
 def _tasks(commands: Any) -> None:
-    what = "write the testbed's lmms-eval tasks and print their folder, nothing else"
+    what = "write lmms-eval tasks and print their folder: the testbed's, or of local benchmark data"
     p = commands.add_parser("tasks", help=what, description=what)
-    p.add_argument("--questions", type=_whole(1), default=2000, help="(default: %(default)s)")
+    few = "of the testbed (default: 2000), or of each of the stock samples (default: 240)"
+    p.add_argument("--questions", type=_whole(1), help=few)
     p.add_argument("--out", type=Path, help="an empty or new folder (default: a cache folder)")
+    data = "folder of copies of data sets, ROOT/pope/...: tasks that read them, stock otherwise"
+    p.add_argument("--data", type=Path, metavar="ROOT", help=data)
+    samples = "write scenes in the schemas of public benchmarks there, and tasks that read them"
+    p.add_argument("--stock-samples", type=Path, metavar="DIR", help=samples)
+    listing = "the real benchmarks: their data, how to run them, and whether it is in the cache"
+    p.add_argument("--list", action="store_true", help=listing)
+    p.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="of --data or --list")
 
 
 def _doctor(commands: Any) -> None:

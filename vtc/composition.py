@@ -11,13 +11,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.errors import InputError, OptionError
+from vtc.errors import InputError, OptionError, UnsupportedModeError
 from vtc.methods.base import Exactness, Method, Site, Step
 from vtc.methods.none import NoCompression
 from vtc.methods.registry import method as build_method
 from vtc.plans import LayerPlan, LayerRule
 from vtc.selectors import Count
-from vtc.sites import BlockView, Cut, Facts, LayerView, RowView, checked_cut
+from vtc.sites import BlockView, Cut, Facts, LayerCut, LayerView, RowView, checked_cut
 from vtc.steps import decisions
 from vtc.types import Budget, Selection, Signal, Tokens
 
@@ -193,14 +193,24 @@ class Composed(Method):
         found = [step.method.llm_layers(facts, step.budget) for step in self.stages]
         return tuple(sorted({layer for layers in found for layer in layers}))
 
-    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor | LayerCut:
         """What the stages that look at this layer leave, one after the other."""
+        last: Tensor | LayerCut = view.valid
         for step in self.stages:
             layers = step.method.llm_layers(self._model, step.budget)
             if view.layer in layers and not step.keeps_all(view.tokens):
-                keep = step.method.layer_cut(view, step.budget)
-                view = view.narrowed(checked_cut(step.method.name, view, keep))
-        return view.valid
+                if isinstance(last, LayerCut) and last.merges:
+                    raise UnsupportedModeError(
+                        f"method {step.method.name!r} was to choose after decoder layer "
+                        f"{view.layer} among tokens that a stage before it merges there, expected "
+                        "one that merges to be the last at its layer: choose other layers"
+                    )
+                last = step.method.layer_cut(view, step.budget)
+                last = checked_cut(step.method.name, view, last)
+                view = view.narrowed(last.keep if isinstance(last, LayerCut) else last)
+        if not isinstance(last, LayerCut):
+            return view.valid
+        return replace(last, keep=view.valid)
 
     def plan(self, layers: Tokens, facts: Facts, budget: Budget) -> LayerPlan:
         """All plans at once."""

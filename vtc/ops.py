@@ -122,6 +122,49 @@ def causal_mass(
     return mass / rows.sum(-1).clamp_min(1)
 
 
+def causal_rows(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor,
+    rows: Tensor,
+    held: Tensor | None = None,
+    turned: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of some entries to all keys, head by head: the mean over these entries.
+
+    A few rows at a time are formed, like in `causal_mass`.
+
+    Args:
+        q: `[B, H, S, d]`.
+        k: `[B, H, T, d]`, T ≥ S: the last S keys are those of the entries.
+        scale: what q·k is multiplied by.
+        mask: `bool[B, S]`, False on padding, which nothing attends to.
+        rows: `bool[B, S]`, the entries that attend.
+        held: `bool[B, T − S]`, which keys before those may be attended to; None: all.
+        turned: `[B, S, e]`: attention of entry i to entry j is divided by turned_i·turned_j.
+
+    Returns:
+        `float32[B, H, T]`; zeros where a batch row has no such entries.
+    """
+    past = k.shape[2] - q.shape[2]
+    out = torch.zeros(k.shape[:3], device=q.device)
+    for b in range(len(q)):
+        keys, at = k[b].float(), rows[b].nonzero()[:, 0]
+        key_at = torch.arange(keys.shape[1], device=q.device) - past
+        before = mask.new_ones(past) if held is None else held[b]
+        there = torch.cat([before, mask[b]])
+        for part in at.split(max(1, _MAP // keys.shape[:2].numel())):
+            logits = torch.einsum("hrd,htd->hrt", q[b][:, part].float(), keys) * scale
+            visible = there & (key_at <= part[:, None])
+            weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
+            if turned is not None:
+                x = turned[b].float()
+                weights[..., past:] /= x[part] @ x.T
+            out[b] += weights.sum(1)
+    return out / rows.sum(-1).clamp_min(1)[:, None, None]
+
+
 def massive_activation(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:
     """How far an entry of the residual stream stands out in some dimensions: max over them of
     |x_d| / sqrt(mean(x²) + 1e-6), without any norm's weights.

@@ -265,11 +265,55 @@ class LayerView:
         )
 
 
-def checked_cut(name: str, view: LayerView, keep: Any) -> Tensor:
-    """What method `name` decided over `view`; raises `VtcError` where it is not `bool[G, N]`."""
+@dataclass(frozen=True, eq=False)
+class LayerCut:
+    """What a method says behind a decoder layer that merges tokens besides dropping them.
+
+    Attributes:
+        keep: `bool[G, N]`, the tokens that go on.
+        into: `int64[G, N]`, the token among the N whose hidden states each takes part in; kept ones
+            take part in their own.
+        weight: `float[G, N]`, with which weight; 0 where a token is dropped without a trace.
+        size: `float[G, N]`, how many tokens each that goes on counts for in the attention of later
+            layers: log(size) is added to the logits on it; None: one.
+    """
+
+    keep: Tensor
+    into: Tensor
+    weight: Tensor
+    size: Tensor | None = None
+
+    @classmethod
+    def alone(cls, keep: Tensor) -> LayerCut:
+        """Nothing is merged: kept tokens stay as they are."""
+        place = torch.arange(keep.shape[1], device=keep.device)
+        return cls(keep, place.expand_as(keep), keep.float())
+
+    @property
+    def merges(self) -> bool:
+        """Whether any token is more than itself."""
+        place = torch.arange(self.keep.shape[1], device=self.keep.device)
+        changed = (self.into != place) & (self.weight != 0)
+        return bool((changed | (self.keep & (self.weight != 1))).any())
+
+
+def checked_cut(name: str, view: LayerView, keep: Any) -> Tensor | LayerCut:
+    """What method `name` decided over `view`; raises `VtcError` where it is neither `bool[G, N]`
+    nor a `LayerCut` over as many."""
     wanted = tuple(view.valid.shape)
-    if isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == wanted:
-        return keep
+    parts = [keep.keep, keep.into, keep.weight] if isinstance(keep, LayerCut) else [keep]
+    if all(isinstance(x, Tensor) and x.shape == wanted for x in parts) and (
+        parts[0].dtype == torch.bool
+    ):
+        if isinstance(keep, LayerCut) and bool(
+            ((keep.weight != 0) & view.valid & ~keep.keep.gather(1, keep.into)).any()
+        ):
+            raise VtcError(
+                f"method {name!r} merged tokens into one that is dropped after decoder layer "
+                f"{view.layer}, expected one that is kept: say so in LayerCut.into"
+            )
+        return keep  # type: ignore[no-any-return]
+    keep = parts[0]
     got = f"{keep.dtype} of {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep)
     raise VtcError(
         f"method {name!r} decided {got} after decoder layer {view.layer}, expected a tensor of "

@@ -20,7 +20,15 @@ from vtc.types import Selection
 from . import plain, plain_methods
 from .fed import Fed, arguments, deepstack, fed, recorded
 from .models import FAMILIES, PLACEHOLDERS, build_model
-from .oracle import kept_columns, masked, masked_from_layer, rows_expanded_by_hand
+from .oracle import (
+    kept_columns,
+    masked,
+    masked_from_layer,
+    merged_at_layer,
+    rows_expanded_by_hand,
+    sizes,
+    weighed_from_layer,
+)
 from .plain_methods import Rules, prompt_of
 from .plain_rows import Record, restated
 from .prompts import Inputs, build_inputs, prompts
@@ -56,6 +64,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"tau": 1.0, "objective": "k_center"},
         {"tau": "between", "stage1": False},
     ),
+    "sparsevlm": ({}, {"variant": "plus"}),
+    # the keys of tiny models are far apart
+    "pact": ({"cutoff": 0.6},),
     "naavit": (
         {"calibration": "drawn"},
         {"calibration": "drawn", "skip_ffn": True},
@@ -82,8 +93,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"rho": 0.2, "p": 0.6, "least": 0.5, "except_last": True, **SINKS},
     ),
 }
-# decoder layers where four are too few: 7L/8 leaves one without visual tokens
-LAYERS = {"todre": 8}
+# methods that add the log of a token's size to attention
+WEIGHED = ("pact",)
+# decoder layers where four are too few: 7L/8 leaves one without visual tokens; three stages
+LAYERS = {"todre": 8, "sparsevlm": 8}
 KEEP = 0.4
 # three of four layers see visual tokens, of which the last has its heads pruned
 KEEPS = {"yopo": 0.75}
@@ -277,13 +290,20 @@ def run_fed(model: Any, given: Fed, **options: Any) -> Tensor:
 
 @contextmanager
 def later_masks(
-    model: Any, family: str, inputs: Inputs, later: Mapping[int, Selection]
+    model: Any, family: str, inputs: Inputs, later: Mapping[int, Selection], weighed: bool = False
 ) -> Iterator[None]:
-    """Within it decoder layers behind each cut do not attend to what it dropped."""
+    """Within it decoder layers behind each cut do not attend to what it dropped, and see what it
+    merged, by its size if it is `weighed`."""
     with ExitStack() as stack:
         for layer, selection in later.items():
+            if selection.merge is not None:
+                given = model, family, inputs, layer + 1, selection
+                stack.enter_context(merged_at_layer(*given))
             kept = kept_columns(model, family, inputs, selection)
             stack.enter_context(masked_from_layer(model, layer + 1, kept))
+            if weighed and selection.merge is not None:
+                size = sizes(model, family, inputs, selection)
+                stack.enter_context(weighed_from_layer(model, layer + 1, size))
         yield
 
 
@@ -293,7 +313,9 @@ def inside(spec: Spec, family: str, inputs: Inputs, decision: Decision) -> Itera
     model = spec.model(family)
     with ExitStack() as stack:
         if not spec.over_layers:
-            stack.enter_context(later_masks(model, family, inputs, decision.later))
+            weighed = spec.name in WEIGHED
+            given = model, family, inputs, decision.later, weighed
+            stack.enter_context(later_masks(*given))
             yield None
             return
         for layer, kept in spec.cuts(family, inputs).items():
@@ -311,9 +333,11 @@ def statement(
         given = fed(model, inputs, decision.said)
     else:
         given = fed(model, inputs)
-        if method.exactness == "restatement" and not spec.over_layers:
+        if spec.name in STATEMENTS:
             return STATEMENTS[spec.name](model, family, inputs, given, spec.keep)
     assert decision.first is not None
+    if decision.first.merge is not None:
+        return plain.merged(model, family, inputs, given, decision.first)
     return given, kept_columns(model, family, inputs, decision.first)
 
 

@@ -180,6 +180,75 @@ def masked_from_layer(model: Any, layer: int, keep: Tensor) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def merged_at_layer(
+    model: Any, family: str, inputs: Inputs, layer: int, selection: Selection, offset: int = 0
+) -> Iterator[None]:
+    """Within it the hidden states that enter `layer` in a prefill are, of tokens that others were
+    merged into, the weighted sums that the selection says; the prompt begins at column `offset`."""
+    parts: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    assert selection.merge is not None
+    for g, group in enumerate(groups(model, family, inputs)):
+        for slot, token, weight in zip(*(x[g].tolist() for x in selection.merge), strict=True):
+            if weight:
+                row, column = group.tokens[int(selection.keep[g, slot])].tolist()
+                member = int(group.tokens[token, 1])
+                parts.setdefault((row, column), []).append((member, weight))
+
+    def hook(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] < offset + inputs["input_ids"].shape[1]:
+            return None
+        copies, out = len(hidden) // len(inputs["input_ids"]), hidden.clone()
+        for (row, column), members in parts.items():
+            for copy in range(row * copies, (row + 1) * copies):
+                out[copy, offset + column] = sum(w * hidden[copy, offset + m] for m, w in members)
+        return ((out, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": out})
+
+    one = model.model.language_model.layers[layer]
+    handle = one.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def sizes(model: Any, family: str, inputs: Inputs, selection: Selection) -> Tensor:
+    """`[B, S]`: of how many each token is the mean that a selection says, 1 elsewhere."""
+    out = torch.ones(inputs["input_ids"].shape)
+    assert selection.merge is not None
+    for g, group in enumerate(groups(model, family, inputs)):
+        for slot, weight in zip(*(selection.merge[i][g].tolist() for i in (0, 2)), strict=True):
+            if weight:
+                out[tuple(group.tokens[int(selection.keep[g, slot])])] = round(1 / weight)
+    return out
+
+
+@contextmanager
+def weighed_from_layer(model: Any, layer: int, size: Tensor) -> Iterator[None]:
+    """Within it decoder layers from `layer` on add log `size [B, S]` to the logits on columns."""
+
+    def hook(module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if mask is None:
+            mask = _causal(hidden, cache, module.self_attn.layer_idx)
+        if mask.dtype == torch.bool:
+            lowest = torch.finfo(hidden.dtype).min
+            mask = torch.zeros(mask.shape).masked_fill(~mask, lowest)
+        rows = size.log().repeat_interleave(len(hidden) // len(size), dim=0)[:, : mask.shape[-1]]
+        bias = torch.nn.functional.pad(rows, (0, mask.shape[-1] - rows.shape[1]))
+        return args, {**kwargs, "attention_mask": mask + bias[:, None, None]}
+
+    layers = model.model.language_model.layers[layer:]
+    handles = [one.register_forward_pre_hook(hook, with_kwargs=True) for one in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _causal(hidden: Tensor, cache: Any, layer: int) -> Tensor:
     queries = hidden.shape[1]
     seen, width = 0, queries

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vtc.types import Selection
+
 from .fed import Fed
 from .models import CROP, FRAMES_PER_PATCH, MERGE, PATCH, PINPOINTS, QWEN
-from .oracle import Group, groups
+from .oracle import Group, groups, kept_columns
 from .prompts import Inputs, Kind, tokens_per_crop, tokens_per_frame
 
 Size = tuple[int, int, int]
@@ -120,6 +122,25 @@ def downsample(
         return _centers(part, size), small
 
     return _replaced(model, family, inputs, given, tokens)
+
+
+def merged(
+    model: Any, family: str, inputs: Inputs, given: Fed, selection: Selection
+) -> tuple[Fed, Tensor]:
+    """Kept tokens as the weighted sums that a selection without appended ones says."""
+    embeds, deep = given.embeds.clone(), None if given.deep is None else given.deep.clone()
+    assert selection.merge is not None
+    for g, group in enumerate(groups(model, family, inputs)):
+        sums: dict[int, list[tuple[int, float]]] = {}
+        for slot, token, weight in zip(*(x[g].tolist() for x in selection.merge), strict=True):
+            if weight:
+                sums.setdefault(int(selection.keep[g, slot]), []).append((token, weight))
+        for kept, parts in sums.items():
+            for new, old in ((embeds, given.embeds), (deep, given.deep)):
+                if new is not None and old is not None:
+                    total = sum(w * old[tuple(group.tokens[token])] for token, w in parts)
+                    new[tuple(group.tokens[kept])] = total
+    return replace(given, embeds=embeds, deep=deep), kept_columns(model, family, inputs, selection)
 
 
 def _replaced(

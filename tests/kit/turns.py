@@ -11,9 +11,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .fed import Fed, joined, text
-from .matrix import Decision, Spec, run_fed, statement
+from .matrix import WEIGHED, Decision, Spec, run_fed, statement
 from .models import PINPOINTS
-from .oracle import kept_columns, masked_from_layer, positions
+from .oracle import (
+    kept_columns,
+    masked_from_layer,
+    merged_at_layer,
+    positions,
+    sizes,
+    weighed_from_layer,
+)
 from .plain_methods import prompt_of
 from .plain_rows import Prompt, restated
 from .prompts import Inputs, Part, build_inputs, take_rows
@@ -90,10 +97,21 @@ def _stated(
 
 @contextmanager
 def _later(
-    model: Any, family: str, answer: Tensor, turns: list[tuple[Inputs, Decision]]
+    model: Any,
+    family: str,
+    answer: Tensor,
+    turns: list[tuple[Inputs, Decision]],
+    weighed: bool,
 ) -> Iterator[None]:
     layers = {layer for _, made in turns for layer in made.later}
     with ExitStack() as stack:
+        offset = 0
+        for part, made in turns:
+            for layer, selection in made.later.items():
+                if selection.merge is not None:
+                    given = model, family, part, layer + 1, selection, offset
+                    stack.enter_context(merged_at_layer(*given))
+            offset = part["input_ids"].shape[1] + answer.shape[1]
         for layer in layers:
             kept = [
                 kept_columns(model, family, part, made.later[layer])
@@ -103,6 +121,15 @@ def _later(
             ]
             kept.insert(1, torch.ones_like(answer, dtype=torch.bool))
             stack.enter_context(masked_from_layer(model, layer + 1, torch.cat(kept, 1)))
+            if weighed:
+                size = [
+                    sizes(model, family, part, made.later[layer])
+                    if layer in made.later and made.later[layer].merge is not None
+                    else torch.ones(part["input_ids"].shape)
+                    for part, made in turns
+                ]
+                size.insert(1, torch.ones(answer.shape))
+                stack.enter_context(weighed_from_layer(model, layer + 1, torch.cat(size, 1)))
         yield
 
 
@@ -147,7 +174,7 @@ def in_one_piece(
     placed = (_placed(model, family, part) for part in (first, second))
     prompt = _conversation(next(placed), answer, next(placed))
     with (
-        _later(model, family, answer, turns),
+        _later(model, family, answer, turns, spec.name in WEIGHED),
         restated(model, prompt, spec.rules(family)) if spec.over_layers else nullcontext(),
     ):
         return run_fed(model, given.masked(kept), **options)

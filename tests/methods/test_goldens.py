@@ -11,6 +11,7 @@ import torch
 
 import vtc
 from tests.methods.views import run_encoder, stated_layer, stated_view
+from vtc.sites import LayerCut
 from vtc.types import Budget, Tokens
 
 CASES = [
@@ -32,8 +33,12 @@ def test_golden_in_the_encoder(case: dict[str, Any]) -> None:
 def test_golden_between_decoder_layers(case: dict[str, Any]) -> None:
     view = stated_layer(case)
     method = vtc.method(case["method"], **case.get("options", {}))
-    keep = method.layer_cut(view, Budget.of(case["keep"]))
-    assert keep[0].nonzero()[:, 0].tolist() == case["kept"]
+    cut = method.layer_cut(view, Budget.of(case["keep"]))
+    cut = cut if isinstance(cut, LayerCut) else LayerCut.alone(cut)
+    assert cut.keep[0].nonzero()[:, 0].tolist() == case["kept"]
+    if "clusters" in case:
+        members = [(cut.into[0] == k) & (cut.weight[0] != 0) for k in case["kept"]]
+        assert [m.nonzero()[:, 0].tolist() for m in members] == case["clusters"]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not {"blocks", "entries"} & set(c.values[0])])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import vtc
 from tests.methods.views import Rows, run_encoder
+from vtc.methods.layer_cuts import LayerCuts
 from vtc.plans import layers_as_tokens
 from vtc.sites import Facts
 from vtc.types import VECTORS, Budget, Tokens
@@ -113,7 +114,9 @@ def test_kept_are_ascending_unique_valid_and_counted(name: str, tokens: Tokens) 
             assert kept == sorted(set(kept))
             assert all(0 <= i < n for i in kept)
             slots = int(selection.slots[g])
-            if method.count == "exact":
+            if isinstance(method, LayerCuts):
+                assert slots >= budget.count(n)  # the rest goes between decoder layers
+            elif method.count == "exact":
                 assert slots == budget.count(n)
             elif method.count == "at_most":
                 assert 1 <= slots <= budget.count(n)
@@ -136,8 +139,10 @@ def test_a_group_decides_as_it_would_alone(name: str, keep: Any) -> None:
         )
         x = torch.randn(3, 36, 2)
         n = grid[1] * grid[2]
-        mine, theirs = together.apply(x)[g], alone.apply(x[g : g + 1, : n + 2])[0]
-        assert torch.equal(mine[: alone.slots[0]], theirs[: alone.slots[0]])
+        mine = together.apply(x)[g][together.slot_positions[g] >= 0]
+        theirs = alone.apply(x[g : g + 1, : n + 2])[0][alone.slot_positions[0] >= 0]
+        # sums of padded tokens are made in another order
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CHOOSING)

@@ -206,8 +206,8 @@ def stated_layer(case: Mapping[str, Any]) -> LayerView:
 
     `query`, `key` and `hidden` hold a row for each entry; `last_row` says in the place of the first
     two what the last entry attends to: a softmax of the logarithms of these numbers. What the next
-    layer computes with is `next_row`, in the same way; `embeds` are the input embeddings. `layer`,
-    `depth` and `heads` are of the model.
+    layer computes with is `next_row`, in the same way, or `next_query` and `next_key`; `embeds` are
+    the input embeddings. `layer`, `depth` and `heads` are of the model.
     """
     entries = case["entries"]
     visual = torch.tensor([kind == "v" for kind in entries])
@@ -226,7 +226,10 @@ def stated_layer(case: Mapping[str, Any]) -> LayerView:
     )
 
     def ahead(rotary: bool) -> Heads:
-        return Heads(*_looking(case["next_row"]), empty, 1.0)
+        if "next_row" in case:
+            return Heads(*_looking(case["next_row"]), empty, 1.0)
+        query, key = (_rows(case[name], len(entries)) for name in ("next_query", "next_key"))
+        return Heads(query, key, empty, 1.0)
 
     return LayerView(
         layer=case["layer"],

@@ -14,7 +14,7 @@ from vtc.errors import OptionError
 from vtc.plans import LayerPlan, LayerRule
 from vtc.scorers import SCORERS, Scorer
 from vtc.selectors import SELECTORS, Count, Selector
-from vtc.sites import BlockView, Cut, Facts, LayerView, RowView
+from vtc.sites import BlockView, Cut, Facts, LayerCut, LayerView, RowView
 from vtc.types import Budget, Selection, Signal, Tokens
 
 Site = Literal["pixels", "encoder", "llm_input", "llm_layer", "llm_rows"]
@@ -214,8 +214,9 @@ class Method:
         """The decoder layers whose attention `layer_cut` sees; none by default."""
         return ()
 
-    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
-        """Decide which visual tokens `bool[G, N]` go on after one of `llm_layers`."""
+    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor | LayerCut:
+        """Decide which visual tokens `bool[G, N]` go on after one of `llm_layers`, or what others
+        become of them."""
         raise NotImplementedError(f"{type(self).__name__} must define layer_cut")
 
     def plan(self, layers: Tokens, facts: Facts, budget: Budget) -> LayerPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from vtc.errors import OptionError, SignalError, VtcError
 from vtc.methods.base import Exactness, Method, Site
-from vtc.scorers.layer_rows import READERS, seen_tokens
+from vtc.scorers.layer_signals import READERS, seen_tokens
 from vtc.selectors import Count, Selector, TopK, mask_over
-from vtc.sites import Facts, LayerView
+from vtc.sites import Facts, LayerCut, LayerView
 from vtc.types import Budget, Signal, round_half_up, scale_layer
 
 # decoder layers of the models that schedules were published for
@@ -60,6 +61,10 @@ class LayerCuts(Method, abstract=True):
         """What is left behind each stage, if `share` of an image's tokens is left in the end."""
         return (share,)
 
+    def entrance(self, share: float) -> float:
+        """What reaches the LLM, if `share` of an image's tokens is left in the end."""
+        return 1.0
+
     @property
     def needs(self) -> tuple[Signal, ...]:
         """A number made from the pixels, for scorers that draw; all else is in the view."""
@@ -73,7 +78,7 @@ class LayerCuts(Method, abstract=True):
                 f"{self.cuts(facts)[-1]}, expected an LLM with layers behind it, got "
                 f"{facts.llm_depth} layers: choose a method that acts before the LLM"
             )
-        asked = {signal.name for signal in super().needs}
+        asked = {signal.name for signal in self._asked}
         if unknown := sorted(asked - {*READERS, "image_key"}):
             raise SignalError(
                 f"method {self.name!r} got a scorer that needs {unknown[0]!r}, expected one that "
@@ -96,9 +101,15 @@ class LayerCuts(Method, abstract=True):
             counts = [max(last, count) for count in counts[:-1]] + [last]
         return tuple(counts)
 
-    def _final_share(self, share: float, facts: Facts) -> float:
+    def entering(self, n: int, share: float, facts: Facts | None) -> int:
+        """Tokens of an image of `n` that reach the LLM if `share` is what the budget says."""
+        return min(round_half_up(self.entrance(self._final_share(share, facts)) * n), n)
+
+    def _final_share(self, share: float, facts: Facts | None) -> float:
         """What is left behind the last cut if `share` is what the budget says."""
-        return share if self.budget == "last" else self._solved(share, facts)
+        if self.budget == "last" or share == 1:
+            return share
+        return self._solved(share, _known(self.name, facts))
 
     def _solved(self, mean: float, facts: Facts) -> float:
         """The last share with which the average over decoder layers is `mean`."""
@@ -115,12 +126,12 @@ class LayerCuts(Method, abstract=True):
         """The share of tokens averaged over decoder layers, if `share` is left in the end."""
         ends = [0, *(cut + 1 for cut in self.cuts(facts)), facts.llm_depth]
         spans = [after - before for before, after in pairwise(ends)]
-        parts = (1.0, *self.shares(share))
+        parts = (self.entrance(share), *self.shares(share))
         return sum(n * part for n, part in zip(spans, parts, strict=True)) / facts.llm_depth
 
-    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
+    def layer_cut(self, view: LayerView, budget: Budget) -> Tensor | LayerCut:
         """What the scorer and the selector leave of each image, `bool[G, N]`."""
-        facts = _facts(self.name, view)
+        facts = _known(self.name, view.facts)
         # stages that fall on the same layer are one: the last of them counts
         stage = max(i for i, layer in enumerate(self.cuts(facts)) if layer == view.layer)
         left = view.valid.sum(-1).cpu()
@@ -131,11 +142,17 @@ class LayerCuts(Method, abstract=True):
             return view.valid
         return self.chosen(view, counts)
 
-    def chosen(self, view: LayerView, counts: Tensor) -> Tensor:
-        """Which `counts[g]` of the tokens of each group stay, `bool[G, N]`."""
+    @property
+    def _asked(self) -> tuple[Signal, ...]:
+        """What the scorer is told."""
+        return super().needs
+
+    def chosen(self, view: LayerView, counts: Tensor) -> Tensor | LayerCut:
+        """Which `counts[g]` of the tokens of each group stay, `bool[G, N]`, or what others become
+        of them."""
         scorer, selector = self.active_scorer, self.active_selector
         scores = None
-        tokens = seen_tokens(view, super().needs)
+        tokens = seen_tokens(view, self._asked)
         if scorer is not None and selector.uses_scores:
             scores = scorer(tokens)
         return mask_over(selector(tokens, scores, counts), view.valid)
@@ -152,13 +169,32 @@ def cut_behind(layer: int, facts: Facts) -> int:
     return max(scale_layer(layer, PUBLISHED_DEPTH, facts.llm_depth), facts.first_layer_cut)
 
 
-def _facts(name: str, view: LayerView) -> Facts:
-    if view.facts is None:
+def interpolated(published: Sequence[Sequence[int]], n: int, share: float) -> tuple[float, ...]:
+    """Of counts published for a few budgets of `n` tokens, those of another, as shares.
+
+    Linear in the last count, between nothing and everything.
+
+    Args:
+        published: a row of counts, one for each stage, for each budget; ascending in the last.
+        n: the tokens they were published for.
+        share: what is left behind the last stage.
+    """
+    rows = [[0.0] * len(published[0]), *([c / n for c in row] for row in published)]
+    rows.append([1.0] * len(published[0]))
+    for low, high in pairwise(rows):
+        if share <= high[-1]:
+            part = (share - low[-1]) / (high[-1] - low[-1])
+            between = [a + (b - a) * part for a, b in zip(low, high, strict=True)]
+            return (*between[:-1], share)
+    return tuple(rows[-1])
+
+
+def _known(name: str, facts: Facts | None) -> Facts:
+    if facts is None:
         raise VtcError(
-            f"method {name!r} got a view of decoder layer {view.layer} of no model, expected one "
-            "with facts"
+            f"method {name!r} was asked about decoder layers of no model, expected on(facts) first"
         )
-    return view.facts
+    return facts
 
 
 @lru_cache(maxsize=256)

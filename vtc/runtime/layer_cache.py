@@ -28,11 +28,18 @@ class LayerState:
         masks: per group `bool[B, L]` over these entries in its layers; None: all ones.
         lengths: L of each group.
         batch: B.
+        biases: per group `float[B, L]`, what is added to the attention logits on these entries;
+            None: nothing. Empty: nothing anywhere.
     """
 
     masks: tuple[Tensor | None, ...]
     lengths: tuple[int, ...]
     batch: int
+    biases: tuple[Tensor | None, ...] = ()
+
+    def bias(self, group: int) -> Tensor | None:
+        """What is added in the layers of a group."""
+        return self.biases[group] if self.biases else None
 
 
 def remember(cache: Any, state: LayerState) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vtc.errors import SignalError, UnsupportedModeError
 from vtc.runtime.ahead import projected
+from vtc.runtime.layer_bias import biased, check_biased, joined
 from vtc.runtime.layer_cache import GroupMasks, LayerState, filled, remember
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage, repeated
-from vtc.sites import Entrance, Heads, LayerView
+from vtc.sites import Entrance, Heads, LayerCut, LayerView
 
 
 class LayerRun:
@@ -61,11 +62,13 @@ class LayerRun:
         self.stages: list[Stage] = []
         self.decisions: list[LayerDecision] = []
         self._seen: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
-        self._decide: Callable[[LayerView], Tensor] | None = None
+        self._decide: Callable[[LayerView], Tensor | LayerCut] | None = None
         self.asking: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[int, torch.device], dict[str, Any]] = {}
 
-    def begin(self, placed: Placed, mask: Tensor, decide: Callable[[LayerView], Tensor]) -> None:
+    def begin(
+        self, placed: Placed, mask: Tensor, decide: Callable[[LayerView], Tensor | LayerCut]
+    ) -> None:
         """Make it the prefill of a sequence."""
         rows, entries = mask.shape
         if self._batch % rows or self._new < entries:
@@ -121,6 +124,13 @@ class LayerRun:
             past_key_values=self._cache,
             layer_idx=layer,
         )
+        if (bias := self._bias(group, stage)) is not None:
+            before, queries = self._before[group], hidden.shape[1]
+            keys = before + queries
+            if self._cache is not None:  # a static one attends over all of its slots
+                keys = int(self._cache.get_mask_sizes(queries, layer)[0])
+            check_biased(self._config._attn_implementation)
+            mask = biased(mask, bias, before, keys, hidden)
         made: dict[str, Any] = {"attention_mask": mask}
         if stage is not None:
             angles = given["position_embeddings"]
@@ -129,6 +139,19 @@ class LayerRun:
             # as the borders of packed sequences
             made["position_ids"] = None
         return made
+
+    def _bias(self, group: int, stage: Stage | None) -> Tensor | None:
+        """What is added to attention on the entries of a group's layers: those that the cache held
+        and, in a prefill, those of the stage."""
+        held, length, before = None, 0, self._before[group]
+        if self._state is not None:
+            held, length = self._state.bias(group), self._state.lengths[group]
+        parts = [(held, length), (None, before - length)]
+        if stage is not None:
+            new = None if stage.bias is None else self._repeated(stage.bias)
+            parts.append((new, stage.entries))
+        rows = next((bias for bias, _ in parts if bias is not None), None)
+        return None if rows is None else joined(parts, rows)
 
     def _repeated(self, x: Tensor) -> Tensor:
         return repeated(x, self._batch // len(x))
@@ -166,8 +189,10 @@ class LayerRun:
             ahead=partial(self._ahead, hidden, stage, given, group),
         )
         before = self.stages[-1]  # wherever it lies
-        after = before.cut(self._decide(view).to(before.mask.device))
-        self.decisions.append(LayerDecision(layer, after.keep, after.entries))
+        cut = self._decide(view)
+        merged = before.to(query.device).merged(cut)
+        after = before.cut(_moved(cut, before.mask.device))
+        self.decisions.append(LayerDecision(layer, after.keep, after.entries, merged))
         return after
 
     @property
@@ -246,9 +271,15 @@ class LayerRun:
         # padding on the left was made anew: it moves nothing that stands behind
         gone = ~present & first.begun
         here = torch.arange(first.length, device=gone.device)
+        # what stands behind is the same in all layers: neither dropped nor weighed
+        for stage in self.stages:
+            if stage.bias is not None:
+                columns = stage.columns.masked_fill(stage.bias == 0, 0).to(here.device)
+                gone = gone.scatter(1, columns, True)
         behind = first.length - 1 - int(here.masked_fill(~gone, -1).max())
         behind = min(behind, *(stage.entries for stage in self.stages))
         masks: list[Tensor | None] = []
+        biases: list[Tensor | None] = []
         lengths = tuple(length - behind for length in self.lengths())
         for group, (stage, length) in enumerate(zip(self.stages, lengths, strict=True)):
             left = present.gather(1, stage.columns)
@@ -256,7 +287,9 @@ class LayerRun:
             mask = self._masks.of(group, self._repeated(new))
             mask = None if mask is None else mask[:, :length]
             masks.append(None if mask is None or bool(mask.all()) else mask)
-        remember(self._cache, LayerState(tuple(masks), lengths, self._batch))
+            bias = self._bias(group, stage)
+            biases.append(None if bias is None else bias[:, :length])
+        remember(self._cache, LayerState(tuple(masks), lengths, self._batch, tuple(biases)))
 
     def restored(self, output: Any) -> Any:
         """The output of the language model over all its entries."""
@@ -277,6 +310,13 @@ class LayerRun:
         if hidden is None or stage is self.stages[0]:
             return hidden
         return stage.restore(hidden)
+
+
+def _moved(cut: Tensor | LayerCut, device: torch.device) -> Tensor | LayerCut:
+    if isinstance(cut, Tensor):
+        return cut.to(device)
+    size = None if cut.size is None else cut.size.to(device)
+    return LayerCut(*(x.to(device) for x in (cut.keep, cut.into, cut.weight)), size)
 
 
 def _over_all(query: Tensor, entries: int, index: Tensor, valid: Tensor) -> Tensor:

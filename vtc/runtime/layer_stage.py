@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vtc import ops
+from vtc.sites import LayerCut
 
-_Data = TypeVar("_Data", "Placed", "Stage")
+_Data = TypeVar("_Data", "Placed", "Stage", "Blend")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +54,46 @@ class LayerDecision:
         layer: the layer whose attention was looked at; the cut is in force from the next one on.
         keep: `bool[G, N]` over the tokens of `Placed`: what this cut and those before it left.
         entries: length of the sequence behind the cut, padding included.
+        merged: `int64[3, M]` and `float[M]`, where tokens were merged: group, token of `Placed`
+            that goes on and token that is part of it, and with which weight; or None.
     """
 
     layer: int
     keep: Tensor
     entries: int
+    merged: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """Hidden states that become weighted sums of others on their way into a stage.
+
+    Letters: M parts of all sums.
+
+    Attributes:
+        row: `int64[M]`, batch row.
+        into: `int64[M]`, the entry of the stage before that becomes a sum.
+        part: `int64[M]`, an entry of the stage before that is part of it.
+        weight: `float[M]`.
+    """
+
+    row: Tensor
+    into: Tensor
+    part: Tensor
+    weight: Tensor
+
+    def apply(self, hidden: Tensor, copies: int) -> Tensor:
+        """`[k·B, L, D]` to the same; summed in float32."""
+        move = partial(torch.Tensor.to, device=hidden.device)
+        row, into, part, weight = map(move, (self.row, self.into, self.part, self.weight))
+        out = hidden.clone()
+        for copy in range(copies):
+            own = row * copies + copy
+            place, which = torch.stack([own, into]).unique(dim=1, return_inverse=True)
+            sums = torch.zeros(place.shape[1], hidden.shape[-1], device=hidden.device)
+            sums.index_add_(0, which, hidden[own, part].float() * weight[:, None])
+            out[place[0], place[1]] = sums.to(hidden.dtype)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +113,8 @@ class Stage:
         placed: what the prefill began with.
         length: Q.
         extra: Q - S.
+        blend: what entries of the stage before become on their way; None: they stay as they are.
+        bias: `float[B, L]`, what is added to the attention logits on each entry; None: nothing.
     """
 
     source: Tensor
@@ -90,6 +129,8 @@ class Stage:
     placed: Placed
     length: int
     extra: int
+    blend: Blend | None = None
+    bias: Tensor | None = None
 
     @classmethod
     def first(cls, placed: Placed, mask: Tensor, length: int) -> Stage:
@@ -145,11 +186,12 @@ class Stage:
         found = self.real.new_zeros(len(columns), self.length + 1)
         return found.scatter(1, columns, True)[:, :-1]
 
-    def cut(self, keep: Tensor) -> Stage:
+    def cut(self, cut: Tensor | LayerCut) -> Stage:
         """The stage behind a cut that keeps `bool[G, N]`; this very one if it drops nothing.
 
         Rows are padded anew on the left, to the longest.
         """
+        keep = cut.keep if isinstance(cut, LayerCut) else cut
         gone, left = self.valid & ~keep, self.valid & keep
         if not bool(gone.any()):
             return self
@@ -182,7 +224,39 @@ class Stage:
             valid=valid,
             slot=self.slot.gather(1, tokens),
             newlines=newlines,
+            blend=self._blend(cut) if isinstance(cut, LayerCut) and cut.merges else None,
+            bias=self._bias(cut, left, source, real),
         )
+
+    def _bias(
+        self, cut: Tensor | LayerCut, left: Tensor, source: Tensor, real: Tensor
+    ) -> Tensor | None:
+        """What is added to attention behind a cut, of its entries."""
+        bias = self.bias
+        if isinstance(cut, LayerCut) and cut.size is not None:
+            bias = torch.zeros(self.mask.shape, device=source.device) if bias is None else bias
+            rows = self.placed.parent[:, 1:].expand_as(self.places)[left]
+            bias = bias.index_put((rows, self.places[left]), cut.size[left].float().log(), True)
+        return None if bias is None else bias.gather(1, source).masked_fill(~real, 0)
+
+    def _blend(self, cut: LayerCut) -> Blend:
+        """What the hidden states of this stage become where tokens are merged."""
+        used = self.valid & (cut.weight != 0)
+        group, token = used.nonzero(as_tuple=True)
+        return Blend(
+            row=self.placed.parent[group, 1],
+            into=self.places[group, cut.into[group, token]],
+            part=self.places[group, token],
+            weight=cut.weight[group, token].float(),
+        )
+
+    def merged(self, cut: Tensor | LayerCut) -> tuple[Tensor, Tensor] | None:
+        """What a cut of this stage merges, in tokens of `Placed`, see `LayerDecision`."""
+        if not isinstance(cut, LayerCut) or not cut.merges:
+            return None
+        group, token = (self.valid & (cut.weight != 0)).nonzero(as_tuple=True)
+        into = self.slot[group, cut.into[group, token]]
+        return torch.stack([group, into, self.slot[group, token]]), cut.weight[group, token]
 
     def _newlines_with(self, left: Tensor) -> Tensor:
         """`bool[M]`: the newlines of whose row a token is left."""
@@ -198,6 +272,8 @@ class Stage:
     def take(self, hidden: Tensor) -> Tensor:
         """Entries of the stage before, `[k·B, L', D]`, as entries of this one."""
         here, copies = self.to(hidden.device), len(hidden) // len(self.columns)
+        if here.blend is not None:
+            hidden = here.blend.apply(hidden, copies)
         return ops.compact(hidden, repeated(here.source, copies), repeated(here.real, copies))
 
     def rope(self, x: Tensor, batch: int) -> Tensor:
@@ -237,4 +313,4 @@ def _to(data: _Data, device: torch.device) -> _Data:
 def _moved(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
         return value.to(device)
-    return _to(value, device) if isinstance(value, Placed) else value
+    return _to(value, device) if isinstance(value, Placed | Blend) else value

@@ -26,7 +26,7 @@ from vtc.runtime.layer_cache import remembered
 from vtc.runtime.layer_run import LayerRun
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage
 from vtc.runtime.probe import probed
-from vtc.sites import Facts, LayerView, checked_cut
+from vtc.sites import Facts, LayerCut, LayerView, checked_cut
 from vtc.types import Budget
 
 
@@ -204,7 +204,7 @@ class LayerSeam:
         # by position, as gradient checkpointing wants it
         return (given.pop("hidden_states"),), given
 
-    def _decide(self, view: LayerView) -> Tensor:
+    def _decide(self, view: LayerView) -> Tensor | LayerCut:
         image_key, seed = self._drawing
         norm = getattr(self._language_model, "norm", None)
         view = replace(view, image_key=image_key, seed=seed, facts=self._facts, final_norm=norm)

@@ -36,7 +36,7 @@ from vtc.runtime.short import (
     following,
     last,
     placed_of,
-    with_slots,
+    with_merges,
 )
 from vtc.runtime.tower import Inside, Tower, facts_of
 from vtc.types import Budget, Selection, Signal
@@ -234,9 +234,10 @@ class Session:
             kept = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
             group, slot = decision.keep.cpu().nonzero(as_tuple=True)
             kept[group, call.slots[group, slot]] = True
-            call.later[decision.layer] = Selection.of_mask(
-                kept, lengths, images.parent, images.grids, images.parts
-            )
+            left = Selection.of_mask(kept, lengths, images.parent, images.grids, images.parts)
+            if decision.merged is not None:
+                left = with_merges(left, *decision.merged, call.slots)
+            call.later[decision.layer] = left
 
     def expect_layers(self, images: Images, short: Short) -> None:
         """Tell the seams inside the LLM where visual tokens stand in the next prefill."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,16 +145,26 @@ def gather_groups(images: Images, embeds: Tensor) -> Tensor:
     return found.masked_fill(~placed.valid[..., None], 0)
 
 
-def with_slots(images: Images, selection: Selection, embeds: Tensor, slots: Tensor) -> Tensor:
-    """Kept tokens into which others were merged, at their own columns."""
-    if not selection.keep.shape[1]:
-        return embeds
-    placed = images.to(embeds.device)
-    valid = selection.valid.to(embeds.device)
-    keep = selection.keep.to(embeds.device)
-    columns = placed.columns.gather(1, keep)[valid]
-    rows = placed.rows[:, None].expand_as(keep)[valid]
-    return embeds.index_put((rows, columns), slots[:, : keep.shape[1]][valid])
+def with_merges(left: Selection, parts: Tensor, weight: Tensor, slots: Tensor) -> Selection:
+    """A selection of kept tokens with what was merged into them between decoder layers.
+
+    Args:
+        left: over the original tokens of each image.
+        parts: `int64[3, M]`: group, token that goes on and token that is part of it, both counted
+            among those that reached the language model.
+        weight: `float[M]`.
+        slots: `int64[G, N]`, which original token each of those is.
+    """
+    group, into, part = parts.cpu()
+    rank = left.mask().long().cumsum(-1) - 1
+    slot, token = rank[group, slots[group, into]], slots[group, part]
+    split = [(group == g).nonzero()[:, 0] for g in range(len(left.lengths))]
+    columns = (
+        pad_sequence([x[at] for at in split], batch_first=True)
+        for x in (slot, token, weight.float().cpu())
+    )
+    slot, token, weight = columns
+    return replace(left, merge=(slot, token, weight))
 
 
 def following(position_ids: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from vtc.scorers.layer_contribution import LayerContribution
 from vtc.scorers.layer_rows import LastRow
 from vtc.scorers.overview import Overview
 from vtc.scorers.random_scores import RandomScores
+from vtc.scorers.raters import RaterRows
 from vtc.scorers.sink_filter import SinkFilter
 from vtc.scorers.sink_norm import SinkNorm
 from vtc.scorers.text_relevance import TextRelevance
@@ -24,6 +25,7 @@ SCORERS: dict[str, type[Scorer]] = {
         Flow,
         LayerContribution,
         LastRow,
+        RaterRows,
         SinkNorm,
         SinkFilter,
         Isolation,
@@ -43,6 +45,7 @@ __all__ = [
     "LayerContribution",
     "Overview",
     "RandomScores",
+    "RaterRows",
     "Scorer",
     "SinkFilter",
     "SinkNorm",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,35 +83,3 @@ def of_tokens(view: LayerView, row: Tensor) -> Tensor:
     """Numbers of keys `[B, T]` as those of the visual tokens `[G, N]`, 0 on padding."""
     past = row.shape[1] - view.mask.shape[1]
     return row[view.parent[:, 1:], view.columns + past].masked_fill(~view.valid, 0)
-
-
-READERS: Mapping[str, Callable[[LayerView], Tensor]] = {
-    "last_row": last_row,
-    "next_last_row": next_last_row,
-}
-
-
-def seen_tokens(view: LayerView, needs: Iterable[Signal] = ()) -> Tokens:
-    """The visual tokens of every group, their hidden states as features, with what is needed.
-
-    Args:
-        view: of one decoder layer.
-        needs: named as in `READERS`, or `"image_key"`.
-    """
-    signals = {}
-    for need in needs:
-        if need.name in READERS:
-            signals[need.key] = READERS[need.name](view)
-        elif view.image_key is not None:
-            signals[need.key] = view.image_key
-    places = view.parent[:, 1:], view.columns
-    hidden = view.query.new_zeros(*view.mask.shape, 0) if view.hidden is None else view.hidden
-    return Tokens(
-        features=hidden[places],
-        valid=view.valid,
-        grid=((1, 1, view.valid.shape[1]),) * len(view.valid),
-        parent=view.parent,
-        signals=signals,
-        seed=view.seed,
-        index=view.index,
-    )

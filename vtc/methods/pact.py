@@ -1,0 +1,128 @@
+"""PACT: what the image itself looks at least goes, and the rest is clustered by its keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.errors import OptionError, SignalError, VtcError
+from vtc.methods.base import Exactness, Method, Site
+from vtc.methods.layer_cuts import cut_before
+from vtc.selectors import Count
+from vtc.selectors.bounded_clusters import bounded_clusters, cosine_distances
+from vtc.sites import Facts, LayerCut, LayerView
+from vtc.types import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pact(Method):
+    """PACT (Dhouib et al., CVPR 2025, arXiv 2504.08966; official code orailix/PACT).
+
+    In front of layer 4 of 32, with that layer's queries and keys and the hidden states h that enter
+    it, over the visual tokens of an image:
+
+    1. score_i = mean over heads of softmax_i(q̄·k_i/√d) · ‖h_i‖₂, without rotary positions, q̄ the
+       mean query of the image's tokens. Those above the ⌊λ·N⌋-th lowest score are important.
+    2. The important ones are clustered by the cosine distance of their keys, positions applied,
+       heads side by side: centers are more than d_c apart and every one has a center within d_c.
+    3. Every token within 1.5·d_c of a center belongs to the nearest, unimportant ones too; others
+       are gone. A center becomes the mean of its cluster, in its place and at its position, and
+       log(size) is added to the attention logits on it in all later layers.
+
+    How many stay follows from the picture. Attention must be `"sdpa"` or `"eager"`.
+
+    Code and paper: the official search for centers goes round by round and turns to one point after
+    the other for rounds of fewer than 10; both give the same centers.
+
+    Args:
+        layer: of 32 layers and scaled to others; 4 as published.
+        importance: λ, 0.55 as published.
+        cutoff: d_c, 0.21 as published.
+        reach: times d_c, 1.5 as published.
+        proportional: whether log(size) is added.
+    """
+
+    name: ClassVar[str] = "pact"
+    summary: ClassVar[str] = "from layer 4 on, clusters of important tokens, weighed by their size"
+    site: ClassVar[Site] = "llm_layer"
+    count: ClassVar[Count] = "adaptive"
+    exactness: ClassVar[Exactness] = "restatement"
+    published_positions: ClassVar = "keep"
+    bibtex: ClassVar[str] = """@inproceedings{dhouib2025pact,
+  title={PACT: Pruning and Clustering-Based Token Reduction for Faster Visual Language Models},
+  author={Dhouib, Mohamed and Buscaldi, Davide and Vanier, Sonia and Shabou, Aymen},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year={2025}
+}"""
+
+    layer: int = 4
+    importance: float = 0.55
+    cutoff: float = 0.21
+    reach: float = 1.5
+    proportional: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer < 1 or not 0 <= self.importance < 1 or self.cutoff < 0 or self.reach < 1:
+            raise OptionError(
+                f"method {self.name!r} got layer={self.layer}, importance={self.importance}, "
+                f"cutoff={self.cutoff}, reach={self.reach}, expected layer and reach of at least "
+                "1, importance in [0, 1) and a cutoff of at least 0"
+            )
+
+    def check_facts(self, facts: Facts) -> None:
+        """A layer behind the cut."""
+        if facts.llm_depth < 2 or cut_before(self.layer, facts) > facts.llm_depth - 2:
+            raise SignalError(
+                f"method {self.name!r} merges visual tokens before decoder layer {self.layer} of "
+                f"32, expected an LLM with layers behind it, got {facts.llm_depth} layers"
+            )
+
+    def llm_layers(self, facts: Facts, budget: Budget | None = None) -> tuple[int, ...]:
+        """The layer before."""
+        return (cut_before(self.layer, facts),)
+
+    def layer_cut(self, view: LayerView, budget: Budget) -> LayerCut:
+        """Centers, and what becomes of the others."""
+        if view.hidden is None:
+            raise VtcError(f"method {self.name!r} got a view without hidden states")
+        plain, turned = view.next_layer(rotary=False), view.next_layer()
+        cut = LayerCut.alone(view.valid)
+        keep, into, weight, size = (x.clone() for x in (cut.keep, cut.into, cut.weight, cut.weight))
+        for g, row in enumerate(view.parent[:, 1].tolist()):
+            (at,) = view.valid[g].nonzero(as_tuple=True)
+            own = view.columns[g, at]
+            past = plain.key.shape[2] - view.mask.shape[1]
+            query = plain.query[row][:, own].float().mean(1)  # [H, d]
+            key = plain.key[row][:, own + past].float()  # [H, n, d]
+            looks = (torch.einsum("hd,hnd->hn", query, key) * plain.scale).softmax(-1).mean(0)
+            scores = looks * view.hidden[row, own].float().norm(dim=-1)
+            keys = turned.key[row][:, own + past].transpose(0, 1).flatten(1)
+            center, belongs = self._clusters(scores, cosine_distances(keys))
+            there = belongs >= 0
+            keep[g, at] = center
+            into[g, at] = at[belongs.clamp_min(0)]
+            count = belongs[there].bincount(minlength=len(at)).float()
+            weight[g, at] = torch.where(there, 1 / count[belongs.clamp_min(0)], 0)
+            size[g, at] = count.clamp_min(1)
+        return LayerCut(keep, into, weight, size if self.proportional else None)
+
+    def _clusters(self, scores: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of N tokens are centers, `bool[N]`, and the center of each, −1 where it has none,
+        `int64[N]`."""
+        n, low = len(scores), int(self.importance * len(scores))
+        everything = torch.ones(n, dtype=torch.bool, device=scores.device)
+        important = scores > scores.sort().values[low - 1] if low else everything
+        if not bool(important.any()):
+            important = everything
+        (at,) = important.nonzero(as_tuple=True)
+        center = torch.zeros_like(important)
+        center[at] = bounded_clusters(distance[at][:, at], self.cutoff)
+        to_center = distance.masked_fill(~center[None], float("inf"))
+        nearest = to_center.min(-1)
+        far = nearest.values > self.reach * self.cutoff
+        belongs = nearest.indices.masked_fill(far, -1)
+        return center, torch.where(center, torch.arange(n, device=scores.device), belongs)
