@@ -82,26 +82,27 @@ def test_an_interrupted_sweep_goes_on_and_ends_the_same(sweep, uninterrupted, tm
 
 def test_another_fingerprint_runs_everything_again(sweep, tmp_path, runs, monkeypatch):
     out = tmp_path / "out"
-    sweep(out, questions=2)
+    given = {"questions": 2, "timed_samples": 0}
+    sweep(out, **given)
     assert len(runs) == CELLS
     monkeypatch.setattr(fingerprint, "_code", lambda: "changed")
-    sweep(out, questions=2)
+    sweep(out, **given)
     assert runs[CELLS:] == runs[:CELLS]
-    sweep(out, questions=2)
+    sweep(out, **given)
     assert len(runs) == 2 * CELLS
 
 
 def test_only_damaged_and_new_cells_are_run(sweep, tmp_path, runs):
-    out = tmp_path / "out"
-    sweep(out, questions=2)
+    out, given = tmp_path / "out", {"questions": 2, "timed_samples": 0}
+    sweep(out, **given)
     for name in ("*-uniform-*.samples.jsonl", "*-downsample-*.kept.npz"):
         half = next((out / "cells").glob(name))
         half.write_bytes(half.read_bytes()[:-20])
     next((out / "cells").glob("*-random-*.json")).unlink()
-    sweep(out, questions=2)
+    sweep(out, **given)
     assert runs[CELLS:] == ["random", "uniform", "downsample"]
     # another budget is new for all but the full model
-    sweep(out, questions=2, keeps=(0.11, 0.5))
+    sweep(out, keeps=(0.11, 0.5), **given)
     assert "none" not in runs[CELLS:] and len(runs) == CELLS + 3 + CELLS - 1
 
 

@@ -132,8 +132,8 @@ class Vtc(lmms):  # type: ignore[misc]
                 try:
                     answers = self.answer(batch, handle)
                 except Exception as error:
-                    failed, first = failed + len(batch), first or (batch[0], error)
-                    logger.error(f"{_where(batch[0])}: {type(error).__name__}: {error}")
+                    causes = self._causes(batch, handle, error)
+                    failed, first = failed + len(causes), first or causes[0]
                 else:
                     for i, answer in zip(indices, answers, strict=True):
                         results[i] = answer
@@ -143,6 +143,23 @@ class Vtc(lmms):  # type: ignore[misc]
         done = [result for result in results if result is not None]
         _log(requests, done, time.perf_counter() - start)
         return done
+
+    def _causes(
+        self, batch: Sequence[tuple[Any, ...]], handle: Any, error: Exception
+    ) -> list[tuple[tuple[Any, ...], Exception]]:
+        """The samples of a failed call that fail alone, with their errors; if none does, all."""
+        found = [(args, error) for args in batch]
+        if len(batch) > 1:
+            alone = []
+            for args in batch:
+                try:
+                    self.answer([args], handle)
+                except Exception as own:
+                    alone.append((args, own))
+            found = alone or found
+        for args, own in found:
+            logger.error(f"{_where(args)}: {type(own).__name__}: {own}")
+        return found
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
         """Indices of requests for one call: the same generation arguments, task and split."""
