@@ -25,6 +25,7 @@ from tests.kit.matrix import (
 )
 from tests.kit.models import FAMILIES, PLACEHOLDERS
 from tests.kit.oracle import kept_columns, masked
+from tests.kit.plain_slots import has_slots
 from tests.kit.prompts import Inputs
 
 
@@ -54,6 +55,9 @@ def oracle(
                 out = model(**arguments(given.masked(kept)), labels=labels)
     for selection in made.later.values():
         kept = kept & kept_columns(model, family, inputs, selection)
+    if made.first is not None and has_slots(made.first):
+        # its entries stand at other columns here
+        kept = kept & ~torch.isin(inputs["input_ids"], torch.tensor(PLACEHOLDERS))
     return out, kept & inputs["attention_mask"].bool()
 
 

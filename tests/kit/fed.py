@@ -28,6 +28,7 @@ class Fed:
         positions: `[B, S]`, with M-RoPE `[4, B, S]`.
         visual: `bool[B, S]`, the places that DeepStack adds to, or None.
         deep: `[B, S, layers · D]`, what it adds there, or None.
+        origin: `int64[B, S]`, the column whose position each takes; None: its own.
     """
 
     embeds: Tensor
@@ -35,6 +36,7 @@ class Fed:
     positions: Tensor
     visual: Tensor | None = None
     deep: Tensor | None = None
+    origin: Tensor | None = None
 
     def masked(self, kept: Tensor) -> Fed:
         """The same without attention to what is False in `kept [B, S]`."""
@@ -162,6 +164,12 @@ def joined(parts: Sequence[Fed], where: Tensor) -> Fed:
         deep = torch.cat([_deep(part, wide) for part in parts], 1)
         visual = torch.cat([_visual(part) for part in parts], 1)
     embeds = torch.cat([part.embeds for part in parts], 1)
+    origins, start = [], 0
+    for part in parts:
+        own = torch.arange(part.mask.shape[1]).expand(len(part.mask), -1)
+        origins.append(start + (own if part.origin is None else part.origin))
+        start += part.mask.shape[1]
+    where = where[..., torch.arange(len(embeds))[:, None], torch.cat(origins, 1)]
     return Fed(embeds, torch.cat([part.mask for part in parts], 1), where, visual, deep)
 
 

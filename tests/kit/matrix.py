@@ -17,7 +17,7 @@ import vtc
 from vtc.errors import UnsupportedModeError, VtcError
 from vtc.types import Selection
 
-from . import plain, plain_methods
+from . import plain, plain_methods, plain_slots
 from .fed import Fed, arguments, deepstack, fed, recorded
 from .models import FAMILIES, PLACEHOLDERS, build_model
 from .oracle import (
@@ -336,6 +336,8 @@ def statement(
         if spec.name in STATEMENTS:
             return STATEMENTS[spec.name](model, family, inputs, given, spec.keep)
     assert decision.first is not None
+    if plain_slots.has_slots(decision.first):
+        return plain_slots.laid_out(model, family, inputs, given, decision.first)
     if decision.first.merge is not None:
         return plain.merged(model, family, inputs, given, decision.first)
     return given, kept_columns(model, family, inputs, decision.first)
