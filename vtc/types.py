@@ -133,6 +133,7 @@ class Tokens:
         parent: `int64[G, 2]`: the image (counted over the call) and the batch row of each group.
         text: `[B, M, D]` embeddings of the text after the last image of each row, or None.
         text_valid: `bool[B, M]`, or None.
+        text_ids: `int64[B, M]`, its ids, where the prompt came as ids; or None.
         signals: what the method asked for, by `Signal.key`; `cls_row` is `[G, L, N]`, float32.
         seed: the seed given to `vtc.patch`, for methods that draw.
         parts: the grids of the parts of each group, in order; None: each is its one grid.
@@ -149,6 +150,7 @@ class Tokens:
     parent: Tensor
     text: Tensor | None = None
     text_valid: Tensor | None = None
+    text_ids: Tensor | None = None
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     overview: tuple[tuple[int, int], ...] | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from vtc.methods.base import Method
 from vtc.scorers import Scorer, TextRelevance
+from vtc.scorers.clip_relevance import ClipRelevance
 from vtc.selectors import ByRow, DppMap, Selector
+from vtc.sites import Facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +22,15 @@ class CdPruner(Method):
 
     Relevance is the mean cosine to the LLM's embeddings of the text behind the row's last image, as
     the paper does where a model has no text tower. The published numbers for LLaVA are with CLIP's
-    text tower instead, whose cosines are negated; `scorer=` takes one that gives those.
+    text tower instead, whose cosines are negated: `clip` makes it that.
 
     Code and paper: min and max of the official code run over all crops of all images of the call,
     so that an image depends on its company; here they are a crop's own. The paper's exponent that
     trades relevance for diversity is commented out in the official code. It renumbers positions.
 
     Args:
+        clip: folder of the CLIP model that the vision tower is from, or None.
+        tokenizer: folder of the LLM's tokenizer, to read the question; None: that of the model.
         faithful: min and max over the whole call.
     """
 
@@ -40,11 +44,22 @@ class CdPruner(Method):
   year={2025}
 }"""
 
+    clip: str | None = None
+    tokenizer: str | None = None
     faithful: bool = False
+
+    def on(self, facts: Facts) -> Method:
+        """With the tokenizer of the model, where one is needed."""
+        known = super().on(facts)
+        if self.clip is None or self.tokenizer is not None:
+            return known
+        return replace(known, tokenizer=facts.name)  # type: ignore[call-arg]
 
     def default_scorer(self) -> Scorer:
         """Relevance to the text."""
-        return TextRelevance()
+        if self.clip is None:
+            return TextRelevance()
+        return ClipRelevance(self.clip, self.tokenizer or "")
 
     def default_selector(self) -> Selector:
         """The greedy determinantal point process."""

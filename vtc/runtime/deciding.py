@@ -78,7 +78,7 @@ def _tokens(
     if any(signal.name == ENCODER_ROW for signal in method.needs):
         signals[ENCODER_ROW] = tower.encoder_rows(images)
     asks = any(signal.name == TEXT for signal in method.needs)
-    text, text_valid = _text(session, images, inputs) if asks else (None, None)
+    text, text_valid, text_ids = _text(session, images, inputs) if asks else (None, None, None)
     tokens = Tokens(
         features=features,
         valid=images.to(features.device).valid,
@@ -86,6 +86,7 @@ def _tokens(
         parent=images.parent,
         text=text,
         text_valid=text_valid,
+        text_ids=text_ids,
         signals=signals,
         seed=session.seed,
         parts=images.parts,
@@ -100,9 +101,11 @@ def _tokens(
     return tokens
 
 
-def _text(session: Session, images: Images, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Embeddings of the text behind the last image of each row, `[B, M, D]`, and which are there,
-    `bool[B, M]`; nothing of rows without images."""
+def _text(
+    session: Session, images: Images, inputs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Embeddings of the text behind the last image of each row, `[B, M, D]`, which are there,
+    `bool[B, M]`, and its ids `[B, M]` where those were given; nothing of rows without images."""
     if session.prompt is not None:
         embeds, mask = session.prompt[0]["inputs_embeds"], session.prompt[1]
     else:
@@ -122,7 +125,9 @@ def _text(session: Session, images: Images, inputs: Mapping[str, Any]) -> tuple[
             "ends with an image, expected text after the last image of each row"
         )
     first = int(last.min()) + 1
-    return embeds[:, first:], behind[:, first:]
+    ids = inputs.get("input_ids")
+    known = ids[:, first:] if isinstance(ids, Tensor) and ids.shape == mask.shape else None
+    return embeds[:, first:], behind[:, first:], known
 
 
 def _llm_hidden(session: Session, images: Images, signal: Signal, left: Selection | None) -> Tensor:
