@@ -8,20 +8,24 @@ each other on them, `random` included, not with the smaller picture, which has n
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vtc.evaluation.statistics import RIGHT, Floats, Interval, accuracy_interval
 
 # Wilson's interval of fewer answers covers more than half of the scale
 LEAST = 10
 
 
-def broken(full: Floats, downsample: Floats) -> Floats:
+def broken(full: Floats, downsample: Floats) -> NDArray[np.bool_]:
     """Which questions the full model answers and a smaller picture does not: `bool [questions]`.
 
     Args:
         full: scores of the full model, `[questions]`.
         downsample: of the smaller picture, averaged over seeds.
     """
-    return (full >= RIGHT) & (downsample < RIGHT)
+    found: NDArray[np.bool_] = (full >= RIGHT) & (downsample < RIGHT)
+    return found
 
 
 def broken_share(full: Floats, downsample: Floats) -> float | None:

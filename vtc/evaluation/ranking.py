@@ -113,12 +113,13 @@ def _compare(
     for name in (RANDOM, DOWNSAMPLE):
         for curve, row in together.items():
             other = _rival(together, curve, name)
-            gaps = None if other is None else areas[curve] - areas[other]
             full = scores.full(row)
-            known = gaps is not None and full is not None
-            found = ratio_interval(gaps, scores.mean(full)) if known else None
-            row |= interval_columns(f"vs_{name}", found)
-            row[f"p_{name}"] = None if gaps is None else sign_flip(gaps)
+            if other is None or full is None:
+                row |= {**interval_columns(f"vs_{name}", None), f"p_{name}": None}
+                continue
+            gaps = areas[curve] - areas[other]
+            row |= interval_columns(f"vs_{name}", ratio_interval(gaps, scores.mean(full)))
+            row[f"p_{name}"] = sign_flip(gaps)
         values = holm(row[f"p_{name}"] for row in together.values())
         for row, value in zip(together.values(), values, strict=True):
             row[f"p_{name}_holm"] = value

@@ -60,12 +60,12 @@ def row_of(scores: Scores, part: pd.DataFrame) -> Row:
         row |= {
             f"accuracy_{kind}": float(v) for kind, v in part.groupby("kind")["score"].mean().items()
         }
-    files = {"cells": _named(part, "cell"), "times": _named(part, "timed_in")}
+    files = {"cells": _distinct(part, "cell"), "times": _distinct(part, "timed_in")}
     return row | _cost(part) | _compared(scores, row) | files
 
 
-def _named(part: pd.DataFrame, column: str) -> list[str]:
-    """The files that samples came from."""
+def _distinct(part: pd.DataFrame, column: str) -> list[str]:
+    """What samples have there, each once."""
     return sorted(part[column].dropna().unique()) if column in part else []
 
 
@@ -76,8 +76,7 @@ def _cost(part: pd.DataFrame) -> Row:
     row |= {name: number(part[name].median()) for name in MEDIANS}
     row |= {f"ttft_ratio_{p}": number(part["ttft_ratio"].quantile(q)) for p, q in _SPREAD.items()}
     row["n_timed"] = int(part["ttft_ms"].notna().sum())
-    kernels = part["kernels"].dropna().unique() if "kernels" in part else []
-    return row | {"kernels": " | ".join(sorted(kernels)) or None}
+    return row | {"kernels": " | ".join(_distinct(part, "kernels")) or None}
 
 
 def _over_images(part: pd.DataFrame) -> dict[str, float | None]:

@@ -42,7 +42,7 @@ class Scores:
         self._cells: dict[Key, dict[int, Floats]] = {}
         asked: dict[tuple[str, str], tuple[Key, list[Any]]] = {}
         for names, part in frame.groupby([*Key._fields, "seed"], sort=False):
-            *head, seed = names
+            *head, seed = map(str, names)
             key, part = Key(*head), part.sort_values("doc_id", kind="stable")
             questions = part["doc_id"].tolist()
             first, expected = asked.setdefault((key.model, key.task), (key, questions))
