@@ -20,10 +20,11 @@ def start() -> None:
     """
     if (expected := size()) == 1:
         return
+    import torch
     from accelerate import PartialState
 
-    # lmms-eval builds an Accelerator, which shares this state
-    found = PartialState().num_processes
+    # lmms-eval builds an Accelerator, which shares this state; without a GPU it would join nobody
+    found = PartialState(cpu=not torch.cuda.is_available()).num_processes
     if found != expected:
         raise VtcError(
             f"torchrun started {expected} processes and {found} joined, expected all; start "
