@@ -110,8 +110,10 @@ def _paragraph(text: str) -> str:
 
 def _options(method: Method) -> str:
     hints, said, lines = get_type_hints(type(method)), _said(method), []
+    parts = method._composed
     for field in dataclasses.fields(method):
-        if field.name in ("scorer", "selector") and not method._composed:
+        # what is not shown of it is filled in by the runtime
+        if not field.repr or (field.name in Method.__dataclass_fields__ and not parts):
             continue
         default, kind = repr(getattr(method, field.name)), _type(hints[field.name])
         lines.append(f"`{field.name} = {default}` *({escaped(kind)})*")
