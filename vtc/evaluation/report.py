@@ -99,7 +99,6 @@ class _Pages:
                 parameters=_size(self.models[model]),
                 chance=_chance(own, task),
                 charts=_worth_showing(charts, rows),
-                out=self.config.out,
             )
 
     def _drawn(self, frame: pd.DataFrame, rows: Sequence[Row], model: str, task: str) -> Drawn:

@@ -6,7 +6,6 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -100,7 +99,7 @@ def view(
         rows: its rows, seeds averaged, the full model among them.
         ranked: its methods by area under the curve, the best first.
         drawn: its pictures.
-        more: `parameters` and `chance` of the view, its `charts` by name, and `out`, the folder.
+        more: `parameters` and `chance` of the view, and all `charts` by name.
     """
     full = next(row for row in rows if row["method"] == FULL)
     charts: Mapping[str, Chart] = more["charts"]
@@ -121,7 +120,7 @@ def view(
         front=[_on_front(row) for row in front(_first_policy(rows))],
         heats=heats,
         chosen=_nearest(rows, [heat.keep for heat in heats]),
-        table=_lines(rows, more["out"]),
+        table=_lines(rows),
         drawn=drawn,
     )
 
@@ -152,10 +151,14 @@ def ranking(ranked: Sequence[Row]) -> list[Ranked]:
     ]
 
 
-def trace_command(out: Path, row: Row) -> str:
-    """The command that computes a row again from its samples, and shows where they lie."""
-    words = ["vtc", "trace", str(out), "--model", row["model"], "--task", row["task"]]
-    words += ["--method", row["label"]]
+def trace_command(row: Row) -> str:
+    """The command that computes a row again from its samples, run in the folder of the page.
+
+    A method that names a file by its folder goes by its name alone: where the file lies is nobody
+    else's business.
+    """
+    named = row["label"] if printed.short(row["label"]) == row["label"] else row["method"]
+    words = ["vtc", "trace", ".", "--model", row["model"], "--task", row["task"], "--method", named]
     if row["method"] != FULL:
         words += ["--keep", row["keep"], "--positions", row["positions"]]
     return shlex.join(words)
@@ -198,12 +201,12 @@ def _nearest(rows: Sequence[Row], keeps: Sequence[str]) -> str:
     return min(keeps, key=lambda keep: abs(shares.get(keep, math.inf) - KEEP), default="")
 
 
-def _lines(rows: Sequence[Row], out: Path) -> list[Line]:
+def _lines(rows: Sequence[Row]) -> list[Line]:
     found = []
     for before, row in zip([None, *rows], rows, strict=False):
         cells = [*printed.cells(row), *_spread(row)]
         starts = before is None or before["label"] != row["label"]
-        found.append(Line(cells, starts, row["method"] == FULL, trace_command(out, row)))
+        found.append(Line(cells, starts, row["method"] == FULL, trace_command(row)))
     return found
 
 
