@@ -67,6 +67,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "sparsevlm": ({}, {"variant": "plus"}),
     # the keys of tiny models are far apart
     "pact": ({"cutoff": 0.6},),
+    # noise, of which as many cells as not are alike
+    "pixelprune": ({"tau": 4.0},),
+    # the tiny images have no 32 others
+    "prumerge": ({"nearest": 8},),
+    "prumerge_plus": ({"nearest": 8},),
     "naavit": (
         {"calibration": "drawn"},
         {"calibration": "drawn", "skip_ffn": True},
@@ -209,20 +214,25 @@ _SMALLER: Refusal = (
     UnsupportedModeError,
     "got an image of which its canvas of crops is made small",
 )
+IN_ENCODER = [name for name in vtc.methods() if vtc.method(name).site == "encoder"]
 # (family, method, prompt): everything that is refused in the matrix
 REFUSED: dict[tuple[str, str, str], Refusal] = {
-    ("llava_onevision", "flowcut", "ragged"): _SMALLER,
-    ("llava_onevision", "flowcut", MIXED): _SMALLER,
-    ("llava_onevision", "flowcut", "video"): _POOLED,
-    # the first that is looked at says why
-    ("llava_onevision", "flowcut", BOTH): _SMALLER,
-    ("llava_onevision", "flowcut", "video and image, image"): _POOLED,
+    ("llava_onevision", method, prompt): refusal
+    for method in IN_ENCODER
+    for prompt, refusal in {
+        "ragged": _SMALLER,
+        MIXED: _SMALLER,
+        "video": _POOLED,
+        # the first that is looked at says why
+        BOTH: _SMALLER,
+        "video and image, image": _POOLED,
+    }.items()
 }
 
 
 def refused_turn(family: str, method: str, conversation: str, pixels_of: str) -> Refusal | None:
     """What a conversation of tests/kit/turns.py is refused with."""
-    if (family, method) != ("llava_onevision", "flowcut") or conversation == "a text turn":
+    if family != "llava_onevision" or method not in IN_ENCODER or conversation == "a text turn":
         return None
     return _POOLED if conversation == "a video, then an image" else _SMALLER
 
