@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 STORED_BYTES = 400_000
 # what each is about: seen in its text when it has run
 SAYS = {
-    "01_see_it": ["vtc_cls", "evidence", "kept fraction", "24 of 24 right"],
+    "01_see_it": ["vtc_cls", "kept fraction", "24 of 24 right"],
     "02_compare_methods": ["vs_random_low", "todre", "downsample", "average_pool", "fails: "],
     "03_write_a_method": ["unusual", "unusual:selector=top_k", "random", "evidence_recall"],
     "04_speed": ["this machine's processor", "ttft_ms", "selector_ms", "H100", "fast"],
