@@ -128,7 +128,8 @@ class EncoderSignals:
     def finish(self, run: Run) -> None:
         """The tower has run over `run`: turn what was seen into rows and vectors."""
         for block, chunks in self._chunks.items():
-            query, key = (run.assembled([c[i] for c in chunks]) for i in (0, 1))
+            query = run.assembled([q for q, _, _ in chunks])
+            key = run.assembled([k for _, k, _ in chunks])
             valid = run.patches_valid
             if valid is None:
                 patches = key.shape[2] - int(self._encoder.has_cls)
@@ -228,7 +229,7 @@ def _by_unit(run: Run, values: Tensor) -> Tensor:
     if values.dim() == 2:
         return run.by_unit(values)
     wide = run.by_unit(values.transpose(1, 2).flatten(0, 1))  # [R·D, U]
-    return wide.unflatten(0, (len(values), -1)).transpose(1, 2)
+    return wide.reshape(len(values), -1, wide.shape[1]).transpose(1, 2)
 
 
 def _spread(layout: RowLayout | PackedLayout, values: Tensor) -> Tensor:
