@@ -15,7 +15,7 @@ from tests.methods.views import layer_view
 from vtc.errors import InputError, OptionError, SignalError
 from vtc.methods.layer_cuts import LayerCuts
 from vtc.selectors.opposed import even_quotas, opposed
-from vtc.sites import Facts, LayerView
+from vtc.sites import Facts, Heads, LayerView
 from vtc.types import Budget
 
 ROWS: list[list[int | None]] = [[3, None, 4], [None, 2, None, 1], [5], [1, None, 9]]
@@ -39,7 +39,14 @@ def seen(method: LayerCuts, rows: Any = ROWS, **options: Any) -> LayerView:
     for b, row in enumerate(view.mask):
         draw = torch.Generator().manual_seed(int(row.sum()))
         hidden[b, row] = torch.randn(int(row.sum()), 8, generator=draw)
-    return dataclasses.replace(view, hidden=hidden, facts=facts(), final_norm=lambda x: 2 * x)
+    heads = Heads(view.query, view.key, view.value, view.scale)
+    return dataclasses.replace(
+        view,
+        hidden=hidden,
+        facts=facts(),
+        final_norm=lambda x: 2 * x,
+        ahead=lambda rotary: heads,
+    )
 
 
 @pytest.mark.parametrize("past", [0, 3])
@@ -107,7 +114,7 @@ def test_the_average_over_layers_is_met_or_refused(name: str, n: int, keep: floa
         with pytest.raises(OptionError):
             built(name, budget="layer_mean").llm_layers(model, Budget.of(keep / 2))
         return
-    there, total = n, 0
+    there, total = method.entering(n, budget.count(n) / n, model), 0
     for layer in range(32):
         total += there
         for cut, count in zip(method.cuts(model), counts, strict=True):
@@ -126,7 +133,7 @@ def test_what_cannot_be_cut_after_is_refused(name: str) -> None:
             built(name, scorer="cls_attention").check_facts(facts())
 
 
-@pytest.mark.parametrize("name", [n for n in ON_SCHEDULE if n != "pyramiddrop"])
+@pytest.mark.parametrize("name", ON_SCHEDULE)
 def test_a_prompt_that_ends_with_its_image_is_refused(name: str) -> None:
     method = built(name)
     with pytest.raises(InputError, match="prompt that ends with"):

@@ -36,7 +36,7 @@ class LayerCuts(Method, abstract=True):
 
     site: ClassVar[Site] = "llm_layer"
     exactness: ClassVar[Exactness] = "layer_mask"
-    published_positions: ClassVar[Literal["keep"]] = "keep"
+    published_positions: ClassVar[Literal["keep", "renumber", "median"]] = "keep"
 
     budget: Literal["last", "layer_mean"] = "last"
 

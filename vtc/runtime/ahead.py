@@ -56,14 +56,14 @@ def projected(
         )
     query, key, value, scale = found[0]
     if cached is not None:
-        past = [getattr(cached, name, None) for name in ("keys", "values")]
-        if not all(isinstance(x, Tensor) for x in past):
+        keys, values = (getattr(cached, name, None) for name in ("keys", "values"))
+        if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
             raise UnsupportedModeError(
                 f"a {type(cached).__name__} does not show its keys, expected a dynamic or static "
                 "cache with a method that looks at the next decoder layer"
             )
         key, value = (
-            torch.cat([x[:, :, :before].to(new), new], 2)  # type: ignore[union-attr]
-            for x, new in zip(past, (key, value), strict=True)
+            torch.cat([x[:, :, :before].to(new), new], 2)
+            for x, new in ((keys, key), (values, value))
         )
     return query, key, value, scale

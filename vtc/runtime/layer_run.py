@@ -198,7 +198,7 @@ class LayerRun:
     @property
     def _copies(self) -> int:
         """How often each row of the prompt is repeated, for beams."""
-        return self._batch // len(self.stages[0].mask)
+        return int(self._batch // len(self.stages[0].mask))
 
     def _heads(self, seen: tuple[Tensor, Tensor, Tensor, float], entries: int, group: int) -> Heads:
         """What an attention of some group of layers computed with, for the rows of the prompt.
@@ -316,7 +316,8 @@ def _moved(cut: Tensor | LayerCut, device: torch.device) -> Tensor | LayerCut:
     if isinstance(cut, Tensor):
         return cut.to(device)
     size = None if cut.size is None else cut.size.to(device)
-    return LayerCut(*(x.to(device) for x in (cut.keep, cut.into, cut.weight)), size)
+    keep, into, weight = (x.to(device) for x in (cut.keep, cut.into, cut.weight))
+    return LayerCut(keep, into, weight, size)
 
 
 def _over_all(query: Tensor, entries: int, index: Tensor, valid: Tensor) -> Tensor:

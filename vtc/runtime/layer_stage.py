@@ -313,4 +313,6 @@ def _to(data: _Data, device: torch.device) -> _Data:
 def _moved(value: object, device: torch.device) -> object:
     if isinstance(value, Tensor):
         return value.to(device)
-    return _to(value, device) if isinstance(value, Placed | Blend) else value
+    if isinstance(value, Placed):
+        return _to(value, device)
+    return _to(value, device) if isinstance(value, Blend) else value
