@@ -76,7 +76,7 @@ def test_the_command_line_wins(written):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("qestions: 3", "key 'qestions' is unknown, expected one of model, out, methods, keep"),
+        ("question: 3", "key 'question' is unknown, expected one of model, out, methods, keep"),
         ("command: x", "key 'command' is unknown"),
         ("questions: many", "key 'questions': got 'many', input should be a valid integer"),
         ("questions: true", "key 'questions': got True"),

@@ -157,8 +157,8 @@ class Vtc(lmms):  # type: ignore[misc]
                 except Exception as own:
                     alone.append((args, own))
             found = alone or found
-        for args, own in found:
-            logger.error(f"{_where(args)}: {type(own).__name__}: {own}")
+        for args, cause in found:
+            logger.error(f"{_where(args)}: {type(cause).__name__}: {cause}")
         return found
 
     def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
