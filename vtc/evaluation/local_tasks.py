@@ -50,10 +50,10 @@ def find_copies(root: Path, names: Sequence[str] = ()) -> tuple[list[LocalCopy],
         )
     # several tasks read one data set: splits and columns of the others may be left away
     used = {folder_of(root, copy.benchmark) for copy in found}
-    for folder, error in failed.values():
+    for folder, refusal in failed.values():
         if folder not in used:
-            raise error
-    return found, [f"left out: {error}" for _, error in failed.values()]
+            raise refusal
+    return found, [f"left out: {refusal}" for _, refusal in failed.values()]
 
 
 def task_files(
