@@ -278,3 +278,16 @@ def test_a_failure_in_a_worker_is_the_same_error(sweep, broken_tasks, tmp_path):
     message = r"cell llava vtc_scenes \w+.*: 1 of 8 samples failed.* question 3 of vtc_scenes"
     with pytest.raises(SampleError, match=message):
         sweep(tmp_path / "out", workers=2, include_path=broken_tasks)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_questions_that_were_not_timed_have_no_times(sweep, tmp_path, batch_size):
+    # with batches of two, the third is alone in its call
+    given = {"questions": 3, "batch_size": batch_size}
+    timed = sweep(tmp_path / "out", timed_samples=1, **given).samples
+    assert {i: own.notna().all() for i, own in timed.groupby("doc_id")["ttft_ms"]} == {
+        0: True,
+        1: False,
+        2: False,
+    }
+    assert sweep(tmp_path / "out", timed_samples=0, **given).samples["kv_bytes"].isna().all()

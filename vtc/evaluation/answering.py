@@ -99,6 +99,8 @@ class Answering:
             SampleError: a question failed.
             VtcError: lmms-eval stopped, or the cell cannot be written.
         """
+        from vtc.evaluation.measure import MEMORY, TIMES
+
         with _named(cell), quiet():
             config = self.config
             model = self._model(cell, batch_size=config.batch_size, record_left=True)
@@ -112,8 +114,9 @@ class Answering:
                 for sample in sorted(logged, key=lambda sample: int(sample["doc_id"]))
             ]
         left = [line.pop("left", None) or [] for _, line in lines]
-        summary = {"results": results["results"], "throughput": results.get("throughput", {})}
-        samples = [line for _, line in lines]
+        # a batch of one question has times too, but not those of a machine with nothing else to do
+        samples = [line | dict.fromkeys((*TIMES, *MEMORY)) for _, line in lines]
+        summary = {"results": results["results"]}
         self._store(cell.model).save(settings(self.config, cell), summary, samples, packed(left))
 
     def time(self, cell: Cell) -> None:
