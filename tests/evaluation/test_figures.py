@@ -32,17 +32,19 @@ def texts(svg):
 
 def test_the_same_table_gives_the_same_files(summary, samples_frame):
     again = table.tables(samples_frame(CELLS))[1]
-    assert figures.accuracy_plot(summary, {"t": 0.25}) == figures.accuracy_plot(again, {"t": 0.25})
+    first, second = (figures.accuracy_chart(rows, {"t": 0.25}) for rows in (summary, again))
+    assert first.sheet() == second.sheet()
+    assert first.alone(first.panels[0]) == second.alone(second.panels[0])
 
 
 def test_another_accuracy_changes_both(summary, samples_frame):
     other = table.tables(samples_frame(CELLS | {("vtc_cls", "keep", 0.5, 0): [0, 0, 0, 0]}))[1]
-    before, after = figures.accuracy_plot(summary, {}), figures.accuracy_plot(other, {})
+    before, after = (figures.accuracy_chart(rows, {}).sheet() for rows in (summary, other))
     assert before["png"] != after["png"] and before["svg"] != after["svg"]
 
 
 def test_png_and_svg_are_one_figure(summary):
-    plot = figures.accuracy_plot(summary, {"t": 0.25})
+    plot = figures.accuracy_chart(summary, {"t": 0.25}).sheet()
     image = Image.open(io.BytesIO(plot["png"]))
     width, height = map(float, re.search(rb'viewBox="0 0 (\S+) (\S+)"', plot["svg"]).groups())
     # an SVG's unit is 1/72 inch
@@ -50,28 +52,28 @@ def test_png_and_svg_are_one_figure(summary):
 
 
 def test_every_curve_is_named_with_its_policy(summary):
-    found = texts(figures.accuracy_plot(summary, {"t": 0.25})["svg"])
+    found = texts(figures.accuracy_chart(summary, {"t": 0.25}).sheet()["svg"])
     names = {"vtc_cls, keep", "vtc_cls, renumber", "random, keep (2 seeds)"}
     assert names | {"full model", "guessing", "t, 4 questions"} <= set(found)
 
 
 def test_a_panel_per_task(summary):
     both = [*summary, *(row | {"task": "u"} for row in summary)]
-    found = texts(figures.accuracy_plot(both, {"t": 0.25})["svg"])
+    found = texts(figures.accuracy_chart(both, {"t": 0.25}).sheet()["svg"])
     assert {"t, 4 questions", "u, 4 questions"} <= set(found)
     assert found.count("guessing") == 1
 
 
 def test_one_question_can_be_drawn(samples_frame):
     cells = {("none", "keep", None, 0): [1], ("random", "keep", 0.5, 0): [0.5]}
-    assert figures.accuracy_plot(table.tables(samples_frame(cells))[1], {})["png"]
+    assert figures.accuracy_chart(table.tables(samples_frame(cells))[1], {}).sheet()["png"]
 
 
 def test_nothing_global_changes(summary):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    figures.accuracy_plot(summary, {})
+    figures.accuracy_chart(summary, {}).sheet()
     assert dict(matplotlib.rcParams) == before
 
 
@@ -94,13 +96,13 @@ def many(samples_frame):
 
 
 def test_methods_that_keep_every_token_are_not_drawn_against_tokens_kept(many):
-    found = texts(figures.accuracy_plot(many, {})["svg"])
+    found = texts(figures.accuracy_chart(many, {}).sheet()["svg"])
     assert {"vtc_cls, keep", "vtc_cls, renumber"} <= set(found)
     assert not [text for text in found if text.startswith(("shortv", "var"))]
 
 
 def test_against_active_tokens_all_methods_are_drawn_under_one_policy(many):
-    found = texts(figures.active_plot(many, {})["svg"])
+    found = texts(figures.active_chart(many, {}).sheet()["svg"])
     labels = {"vtc_cls", "random", "shortv", "var", "vtc_cls@0.5+shortv@0.5"}
     assert labels <= set(found)
     assert not [text for text in found if "renumber" in text]
@@ -109,13 +111,13 @@ def test_against_active_tokens_all_methods_are_drawn_under_one_policy(many):
 
 
 def test_the_time_figure_names_the_machine_and_the_full_models_time(many):
-    found = texts(figures.time_plot(many, {}, "a slow machine, 1 thread")["svg"])
-    assert any("(10 ms on a slow machine, 1 thread)" in text for text in found)
-    assert any(text.startswith("median of 4 timed") for text in found)
+    found = texts(figures.time_chart(many, {}, "a slow machine, 1 thread").sheet()["svg"])
+    assert "10 ms on a slow machine, 1 thread, median of 4 timed," in found
+    assert "bars: 20th to 80th percentile" in found
 
 
 def test_without_times_there_is_no_time_figure(summary):
-    assert figures.time_plot(summary, {}) is None
+    assert figures.time_chart(summary, {}) is None
 
 
 def test_every_curve_stands_in_one_panel(many):
@@ -144,3 +146,29 @@ def test_a_few_curves_share_a_panel_and_many_of_one_group_take_two(samples_frame
     found = panels([f"vtc_cls:start={i}" for i in range(12)])
     assert [len(own) for _, own in found] == [6, 6, 1]
     assert found[0][0] == "in the encoder and before the LLM (1 of 2)"
+
+
+def test_models_have_panels_of_their_own_and_a_method_looks_the_same_in_all(summary, samples_frame):
+    other = table.tables(samples_frame(CELLS, model="another"))[1]
+    chart = figures.accuracy_chart([*summary, *other], {})
+    assert [panel.model for panel in chart.panels] == ["m", "another"]
+    titles = [text for text in texts(chart.sheet()["svg"]) if "questions" in text]
+    assert titles == ["m: t, 4 questions", "another: t, 4 questions"]
+    assert chart.panels[0].looks == chart.panels[1].looks
+    for panel in chart.panels:
+        assert {key.model for key, _ in panel.curves} == {panel.model}
+
+
+def test_methods_of_a_panel_can_be_told_apart(samples_frame):
+    cells = {("none", "keep", None, 0): [1], ("random", "keep", 0.5, 0): [1]}
+    cells |= {(f"vtc_cls:start={i}", "keep", 0.5, 0): [1] for i in range(11)}
+    chart = figures.accuracy_chart(table.tables(samples_frame(cells))[1], {})
+    for panel in chart.panels:
+        looks = [panel.looks[key.label] for key, _ in panel.curves]
+        assert len(set(looks)) == len(looks)
+
+
+def test_the_front_is_drawn_where_something_was_timed(many):
+    found = texts(figures.time_chart(many, {}).sheet()["svg"])
+    assert found.count("Pareto front") == len(figures.time_chart(many, {}).panels)
+    assert "Pareto front" not in texts(figures.active_chart(many, {}).sheet()["svg"])

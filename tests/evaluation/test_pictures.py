@@ -9,23 +9,54 @@ from vtc.evaluation import pictures, table
 pytestmark = pytest.mark.eval
 
 
-def test_the_overlay_is_that_of_the_budget_policy_and_seed_that_were_scored(swept, loaded, scenes):
-    (example,) = pictures.examples(swept.samples, swept.summary, loaded, scenes[0], 1)
+@pytest.fixture(scope="module")
+def gallery(swept, loaded, scenes):
+    return pictures.Gallery(swept.samples, swept.summary, loaded, scenes[0])
+
+
+def test_overlay_and_scores_are_those_of_the_budget_policy_and_seed_that_were_scored(
+    gallery, loaded, scenes
+):
+    (example,) = gallery.examples(1)
     doc = scenes[0].eval_docs[0]
     content = [{"type": "image"}, {"type": "text", "text": doc["question"]}]
     text = loaded.processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     inputs = loaded.processor(images=[doc["image"]], text=[text], return_tensors="pt")
-    drawn = {}
+    drawn, scored = {}, {}
     for method, keep in (("none", 1.0), ("vtc_cls", 0.11), ("random", 0.11), ("uniform", 0.11)):
         with vtc.patch(loaded.model, method, keep, seed=0) as handle:
             loaded.model.generate(**inputs, max_new_tokens=1)
-        picture = viz.overlay(doc["image"], handle.selections[0], evidence=doc["evidence"])
-        drawn[method] = pictures._data_uri(picture)
-    shown = {one.title: one.image for one in example.shown}
-    assert shown["full model"] == drawn["none"]
-    assert all(shown[method] == drawn[method] for method in ("vtc_cls", "random", "uniform"))
+        selection = handle.selections[0]
+        drawn[method] = viz.overlay(doc["image"], selection, evidence=doc["evidence"])
+        if method == "vtc_cls":
+            scored[method] = viz.score_map(doc["image"], selection)
+    shown = {one.title: one for one in example.shown}
+    assert shown["full model"].image == drawn["none"]
+    assert all(shown[name].image == drawn[name] for name in ("vtc_cls", "random", "uniform"))
+    assert shown["vtc_cls"].scores == scored["vtc_cls"]
+    # nothing is chosen by a score there
+    assert all(shown[name].scores is None for name in ("full model", "uniform", "average_pool"))
+
+
+def test_failures_show_the_picture_and_what_was_left_of_it(gallery, swept, loaded, scenes):
+    found = gallery.failures(4)
+    assert 0 < len(found) <= 4
+    for broken in found:
+        doc = scenes[0].eval_docs[broken.failure.sample["doc_id"]]
+        assert broken.question == doc["question"]
+        seen = viz.as_seen(doc["image"], loaded.processor)
+        assert broken.picture == seen and broken.left.size != (0, 0)
+        with vtc.patch(loaded.model, broken.failure.row["method"], 0.11, seed=0) as handle:
+            content = [{"type": "image"}, {"type": "text", "text": doc["question"]}]
+            text = loaded.processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            inputs = loaded.processor(images=[doc["image"]], text=[text], return_tensors="pt")
+            loaded.model.generate(**inputs, max_new_tokens=1)
+        left = viz.last_left(handle.remaining)
+        assert broken.left == viz.overlay(seen, left, evidence=doc["evidence"])
 
 
 def test_the_budget_nearest_to_eleven_percent_is_shown_once_per_method(samples_frame):
@@ -43,5 +74,5 @@ def test_the_budget_nearest_to_eleven_percent_is_shown_once_per_method(samples_f
     ]
 
 
-def test_no_pictures_are_asked_for(swept, loaded, scenes):
-    assert pictures.examples(swept.samples, swept.summary, loaded, scenes[0], 0) == []
+def test_no_pictures_are_asked_for(gallery):
+    assert gallery.examples(0) == [] and gallery.failures(0) == []

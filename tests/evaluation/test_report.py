@@ -2,19 +2,25 @@
 
 import base64
 import io
+import itertools
+import json
+import re
+import shlex
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 from PIL import Image
 
 from vtc.evaluation import printed
 from vtc.evaluation.pictures import rows_to_show
+from vtc.evaluation.sections import SPREAD
 
 pytestmark = pytest.mark.eval
 
 
 class Page(HTMLParser):
-    """Tags with attributes, rows of cells by the class of their table, and all text."""
+    """Tags with attributes, tables by class as rows of cells, and all text."""
 
     def __init__(self, text):
         super().__init__()
@@ -24,7 +30,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         if tag == "table":
-            self._rows = self.tables.setdefault(dict(attributes)["class"], [])
+            self._rows = []
+            self.tables.setdefault(dict(attributes)["class"], []).append(self._rows)
         if tag == "tr":
             self._rows.append([])
         if tag in ("td", "th"):
@@ -56,76 +63,155 @@ def images(page):
 
 
 def test_it_loads_nothing(page, text):
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & {t for t, _ in page.tags}
-    sources = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset")]
-    assert sources and all(source.startswith("data:image/") for source in sources)
-    assert "http://" not in text and "https://" not in text
-    assert "@import" not in text and "url(" not in text
+    assert not {"iframe", "object", "embed", "base", "source"} & {tag for tag, _ in page.tags}
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{}]
+    sources = [
+        v
+        for tag, a in page.tags
+        for k, v in a.items()
+        if k in ("src", "href", "srcset") and not v.startswith("#")
+    ]
+    assert sources and all(source.startswith("data:") for source in sources)
+    # the namespaces of SVG are names, not places
+    outside = re.sub(r'src="data:[^"]*"', "", text)
+    assert "http://" not in outside and "https://" not in outside
+    assert "@import" not in text and "url(" not in outside
 
 
-def test_it_names_no_folder_of_the_machine(page, model_name):
-    assert model_name not in "".join(page.texts)
-    assert "llava of the testbed" in "".join(page.texts)
+def test_figures_load_nothing_either(page):
+    for attributes in images(page):
+        if attributes["src"].startswith("data:image/svg+xml"):
+            links = re.findall(r"(?:href|src)='([^']*)'", attributes["src"].replace("%23", "#"))
+            assert all(link.startswith("#") for link in links)
 
 
-def test_every_row_of_the_summary_is_in_its_table(page, swept):
-    expected = [printed.cells(row) for row in swept.summary]
-    assert page.tables["main"] == [list(printed.COLUMNS), *expected]
-    assert {"full model", "vtc_cls", "random ×2", "uniform", "average_pool", "downsample"} == {
-        cells[0] for cells in expected
-    }
-    assert {cells[1] for cells in expected} == {"keep", "renumber"}
+def test_every_picture_is_described(page):
+    assert images(page) and all(attributes["alt"].strip() for attributes in images(page))
 
 
-def test_accuracy_by_kind_is_there_for_every_method(page, swept):
-    shown = [row["label"] for row in rows_to_show(swept.summary, "vtc_scenes")]
-    assert shown == ["none", "vtc_cls", "random", "uniform", "average_pool", "downsample"]
-    kinds = sorted(k for k in swept.summary[0] if k.startswith("accuracy_"))
-    kinds = [k for k in kinds if k not in ("accuracy_low", "accuracy_high")]
-    table = page.tables["heat"]
-    assert table[0][:3] == ["method", "kept", "active"]
-    assert table[0][3:] == [k.removeprefix("accuracy_") for k in kinds]
-    for cells, row in zip(table[1:], rows_to_show(swept.summary, "vtc_scenes"), strict=True):
-        assert cells[3:] == [f"{100 * row[kind]:.0f}" for kind in kinds]
+def test_headings_leave_out_no_level(page):
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
-def plots(page):
-    drawn = [a["src"] for a in images(page) if a["src"].startswith("data:image/svg+xml;base64,")]
-    return [base64.b64decode(src.partition(",")[2]) for src in drawn]
+def test_links_lead_to_sections(page):
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    links = [a["href"] for tag, a in page.tags if tag == "a"]
+    assert links and all(link.removeprefix("#") in ids for link in links)
 
 
-def test_the_plots_are_those_beside_it(page, swept):
-    # no method acts in the LLM: against active tokens would be the first plot once more
-    names = ("accuracy", "accuracy_time")
-    assert plots(page) == [(swept.out / f"{name}.svg").read_bytes() for name in names]
-    assert (swept.out / "accuracy_active.svg").exists()
+def test_it_names_no_folder_of_the_machine(page, model_name, swept):
+    everything = "".join(page.texts)
+    assert model_name not in everything and str(swept.out) not in everything
+    assert "llava" in everything
 
 
-def test_every_method_is_drawn_over_every_picture(page, swept):
-    overlays = [a for a in images(page) if a["src"].startswith("data:image/jpeg;base64,")]
-    methods = [printed.name(row) for row in rows_to_show(swept.summary, "vtc_scenes")]
-    assert [a["alt"].partition(":")[0] for a in overlays] == methods * 2
-    drawn = [base64.b64decode(a["src"].partition(",")[2]) for a in overlays]
-    for data in drawn:
-        with Image.open(io.BytesIO(data)) as image:
-            assert image.size == (336, 336)
-    # each method keeps something else
-    assert len(set(drawn)) == len(drawn) - 2 or len(set(drawn)) == len(drawn)
+def test_every_row_of_the_summary_is_in_its_table_with_its_distribution(page, swept):
+    (found,) = page.tables["main"]
+    columns = [*printed.COLUMNS, *SPREAD]
+    assert found[0] == [*columns, "trace"]
+    for cells, row in zip(found[1:], swept.summary, strict=True):
+        assert cells[: len(printed.COLUMNS)] == printed.cells(row)
+        kept = swept.samples[
+            (swept.samples["label"] == row["label"])
+            & (swept.samples["keep"] == row["keep"])
+            & (swept.samples["positions"] == row["positions"])
+        ]["kept_fraction"]
+        shares = [100 * kept.quantile(q) for q in (0, 0.2, 0.5, 0.8, 1)]
+        assert [float(c) for c in cells[len(printed.COLUMNS) : -1]] == pytest.approx(
+            shares, abs=0.06
+        )
 
 
-def test_answers_under_the_pictures_are_those_that_were_scored(page, swept):
+def test_every_trace_finds_its_row_alone(page, swept, monkeypatch, capsys):
+    from vtc import cli
+
+    monkeypatch.chdir(swept.out)
+    (found,) = page.tables["main"]
+    commands = [cells[-1].removeprefix("copy").strip() for cells in found[1:]]
+    assert len(set(commands)) == len(commands)
+    for command, row in list(zip(commands, swept.summary, strict=True))[:6]:
+        program, *arguments = shlex.split(command)
+        assert program == "vtc"
+        assert cli.main([*arguments, "--json"]) == 0
+        (traced,) = json.loads(capsys.readouterr().out)
+        assert traced["row"]["accuracy"] == row["accuracy"] and traced["differences"] == []
+
+
+def test_the_ranking_is_that_of_the_result(page, swept):
+    (found,) = page.tables["ranks"]
+    assert [cells[:2] for cells in found[1:]] == [
+        [printed.name(row), row["positions"]] for row in swept.ranking
+    ]
+    for cells, row in zip(found[1:], swept.ranking, strict=True):
+        assert cells[2].startswith(f"{100 * row['area']:.1f} [")
+
+
+def test_accuracy_by_kind_is_there_for_every_method_at_every_keep(page, swept):
     frame = swept.samples
-    texts = [text.strip() for text in page.texts]
+    kinds = sorted(frame["kind"].unique())
+    shown = [a for tag, a in page.tags if tag == "div" and "data-keep" in a]
+    assert [a["data-keep"] for a in shown] == ["0.33", "0.11"]
+    # one is shown first, all can be chosen
+    assert ["hidden" in a for a in shown] == [True, False]
+    options = [a["value"] for tag, a in page.tags if tag == "option"]
+    assert options == ["0.33", "0.11"]
+    for keep, found in zip(("0.33", "0.11"), page.tables["heat"], strict=True):
+        assert found[0] == ["method", "kept", "active", *(f"{k}{_count(frame, k)}" for k in kinds)]
+        for cells in found[1:]:
+            label = "none" if cells[0] == "full model" else cells[0]
+            own = frame[(frame["label"] == label) & (frame["positions"] == "keep")]
+            own = own[own["keep"].isin([keep, "1.0"])]
+            means = [own[own["kind"] == kind]["score"].mean() for kind in kinds]
+            assert cells[3:] == [f"{100 * mean:.0f}" for mean in means]
+
+
+def _count(frame, kind):
+    full = frame[frame["label"] == "none"]
+    return int((full["kind"] == kind).sum())
+
+
+def strips(text, name):
+    """The pictures of every strip of that name."""
+    parts = text.split(f'<div class="strip {name}">')[1:]
+    return [
+        re.findall(r'<img src="([^"]*)" alt="([^"]*)"', p.partition("</div>")[0]) for p in parts
+    ]
+
+
+def test_every_method_is_drawn_over_every_picture(text, swept):
+    methods = [printed.name(row) for row in rows_to_show(swept.summary, "vtc_scenes")]
+    found = strips(text, "kept")
+    assert [[alt.partition(":")[0] for _, alt in strip] for strip in found] == [methods] * 2
+    for strip in found:
+        drawn = [base64.b64decode(src.partition(",")[2]) for src, _ in strip]
+        for data in drawn:
+            with Image.open(io.BytesIO(data)) as image:
+                assert image.size == (288, 288)
+        assert len(set(drawn)) == len(drawn)
+
+
+def test_scores_stand_beside_what_was_kept(text):
+    found = strips(text, "scores")
+    names = [[alt.partition(":")[0] for _, alt in strip] for strip in found]
+    assert names == [["Scores of vtc_cls", "Scores of random"]] * 2
+
+
+def test_answers_under_the_pictures_are_those_that_were_scored(text, swept):
+    frame = swept.samples
     full = frame[frame["label"] == "none"].drop_duplicates("kind").head(2)
-    for sample in full.to_dict("records"):
-        assert sample["question"] in texts
-    marks = [text for text in texts if text.startswith(("✓", "✗"))]
+    marks = []
+    for strip in text.split('<div class="strip kept">')[1:]:
+        marks += re.findall(r"([✓✗] [^<]*)</span>", strip.partition("</div>")[0])
     found = []
-    for doc in full["doc_id"]:
+    for sample in full.to_dict("records"):
+        assert sample["question"] in text
         for row in rows_to_show(swept.summary, "vtc_scenes"):
             same = (frame["label"] == row["label"]) & (frame["keep"] == row["keep"])
-            one = frame[same & (frame["doc_id"] == doc) & (frame["positions"] == row["positions"])]
-            one = one.iloc[0]
+            same &= (frame["doc_id"] == sample["doc_id"]) & (frame["positions"] == row["positions"])
+            one = frame[same].iloc[0]
             found.append(f"{'✓' if one['score'] else '✗'} {one['answer']}")
     assert marks == found
 
@@ -139,6 +225,13 @@ def test_it_says_how_it_was_made(page):
 def test_a_phone_can_show_it(page, text):
     names = {a.get("name"): a.get("content") for tag, a in page.tags if tag == "meta"}
     assert names["viewport"] == "width=device-width, initial-scale=1"
-    # whatever is wider than a phone scrolls by itself
-    for start in ('<table class="main">', '<table class="heat">', '<img class="plot"'):
-        assert text[: text.index(start)].rstrip().endswith('<div class="scroll">')
+    # whatever is wider than a phone scrolls by itself, with the keyboard too
+    for name in ("main", "heat", "ranks"):
+        before = text[: text.index(f'<table class="{name}">')].rstrip()
+        assert re.search(r'<div class="scroll" tabindex="0" role="region" [^>]*>$', before)
+
+
+def test_lists_of_files_are_words_in_the_csv(swept):
+    table = pd.read_csv(swept.out / "table.csv")
+    for cells, row in zip(table["cells"], swept.rows, strict=True):
+        assert cells.split(" ") == row["cells"]

@@ -132,7 +132,7 @@ def _where(method: Method, session: Any, made_up: bool) -> str:
     """Where it acts, in words; `made_up`: what a calibration decides is not known."""
     facts, tower = session.tower.facts, session.tower
     first = SITES[method.site]
-    if blocks := tower.signals.blocks:
+    if blocks := tuple(sorted({*tower.signals.blocks, *tower.signals.feature_blocks})):
         first += f" (reads {_span(blocks)} of {facts.encoder_depth} blocks)"
     if tower.cuts is not None:
         first += f" (blocks {_span(tuple(sorted(tower.cuts.blocks)))})"
@@ -192,7 +192,10 @@ def _ranges(layers: Iterable[int]) -> str:
 
 
 def _span(blocks: tuple[int, ...]) -> str:
-    return f"{blocks[0]}–{blocks[-1]}" if len(blocks) > 1 else str(blocks[0])
+    if len(blocks) == 1:
+        return str(blocks[0])
+    whole = len(blocks) == blocks[-1] - blocks[0] + 1
+    return f"{blocks[0]}–{blocks[-1]}" if whole else ", ".join(map(str, blocks))
 
 
 def _blended(adapter: Adapter) -> list[tuple[str, str]]:

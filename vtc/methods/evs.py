@@ -21,7 +21,8 @@ class Evs(Method):
 
     On the tokens of a video in the LLM's embedding space: 1 − cos between a token and the one of
     the same cell a frame before; the first frame is kept. The max(tokens of a frame, ⌊N·(1 − q)⌋)
-    highest stay, ties to the lowest index, in original order. Images are left whole.
+    highest stay, ties to the lowest index, in original order. Images are left whole, and so is
+    what a model is given as single pictures (LLaVA-1.5, LLaVA-NeXT, InternVL).
 
     `keep` is left out: q says how much goes, of videos alone. No default of q is published.
 
