@@ -190,7 +190,10 @@ def test_every_method_is_drawn_over_every_picture(text, swept):
         for data in drawn:
             with Image.open(io.BytesIO(data)) as image:
                 assert image.size == (288, 288)
-        assert len(set(drawn)) == len(drawn)
+        by_name = dict(zip(methods, drawn, strict=True))
+        # a smaller picture has the grid that pooling makes: the same cells go together
+        assert by_name.pop("downsample") == by_name["average_pool"]
+        assert len(set(by_name.values())) == len(by_name)
 
 
 def test_scores_stand_beside_what_was_kept(text):
