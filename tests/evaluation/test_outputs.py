@@ -23,15 +23,24 @@ def csv(swept):
 
 @pytest.fixture(scope="module")
 def samples(swept):
-    """All samples, from the files alone."""
+    """All samples with their times, from the files alone."""
+    answered, timed = read(swept.out / "cells"), read(swept.out / "times")
+    names = [*KEY, "task", "doc_id"]
+    left = answered.drop(columns=[c for c in timed if c in answered and c not in names])
+    found = left.merge(timed, "left", names, validate="one_to_one")
+    columns = dict.fromkeys([*found, *MEANS, *MEDIANS])
+    return found.reindex(columns=list(columns))
+
+
+def read(folder):
+    """The lines of all cells in a folder, with what names each cell."""
     parts = []
-    for path in sorted((swept.out / "cells").glob("*.samples.jsonl")):
+    for path in sorted(folder.glob("*.samples.jsonl")):
         cell = json.loads(path.with_name(path.name.replace(".samples.jsonl", ".json")).read_text())
         part = pd.read_json(path, lines=True, dtype={"answer": str, "target": str})
         settings = {key: cell["settings"][key] for key in KEY}
         parts.append(part.assign(**settings | {"keep": str(settings["keep"])}))
-    columns = dict.fromkeys([*parts[0], *MEANS, *MEDIANS])
-    return pd.concat(parts, ignore_index=True).reindex(columns=list(columns))
+    return pd.concat(parts, ignore_index=True)
 
 
 def of(samples, **wanted):
@@ -136,6 +145,7 @@ def test_json_holds_the_same_rows_and_the_seeds_averaged(csv, samples, swept):
         for name in csv:
             if name != "options":
                 value = other.get(name)
+                value = " ".join(value) if isinstance(value, list) else value
                 assert same(row[name], np.nan if value is None else value), name
     for row in found["summary"]:
         part = of(samples, **{key: row[key] for key in ("method", "positions", "keep")})
