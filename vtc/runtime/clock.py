@@ -5,8 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+
+# between which blocks or layers a method decides while they run
+Place = Literal["encoder", "llm"]
 
 
 class Clock:
@@ -19,7 +23,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._moments: dict[str, torch.cuda.Event | float] = {}
-        self._spans: list[tuple[str, str]] = []
+        self._spans: list[tuple[Place, str, str]] = []
 
     def mark(self, name: str) -> None:
         """Remember now as `name`."""
@@ -31,7 +35,7 @@ class Clock:
         self._moments[name] = event
 
     @contextmanager
-    def span(self) -> Iterator[None]:
+    def span(self, place: Place) -> Iterator[None]:
         """Within it is time that `spanned` adds up."""
         names = f"span {len(self._spans)}", f"end of span {len(self._spans)}"
         self.mark(names[0])
@@ -39,12 +43,11 @@ class Clock:
             yield
         finally:
             self.mark(names[1])
-            self._spans.append(names)
+            self._spans.append((place, *names))
 
-    @property
-    def spanned(self) -> float:
-        """Milliseconds in spans."""
-        return sum(self.ms(*names) or 0.0 for names in self._spans)
+    def spanned(self, place: Place) -> float:
+        """Milliseconds in the spans of a place."""
+        return sum(self.ms(*names) or 0.0 for at, *names in self._spans if at == place)
 
     def ms(self, start: str, end: str) -> float | None:
         """Milliseconds from one moment to another; None if either was never reached."""

@@ -134,7 +134,7 @@ class EncoderCuts:
             self._layout.follow(hidden.device)
             self._done(block - 1, self._layout)
             if block - 1 in self.blocks:
-                with self.clock.span() if self.clock is not None else nullcontext():
+                with self.clock.span("encoder") if self.clock is not None else nullcontext():
                     hidden = self._decided(self._layout, block - 1, hidden)
         self._seen.clear()
         if (layout := self._layout) is None:

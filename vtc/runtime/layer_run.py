@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from vtc.errors import SignalError, UnsupportedModeError
 from vtc.runtime.ahead import projected
+from vtc.runtime.clock import Clock
 from vtc.runtime.layer_bias import biased, check_biased, joined
 from vtc.runtime.layer_cache import GroupMasks, LayerState, filled, remember
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage, repeated
@@ -63,13 +65,18 @@ class LayerRun:
         self.decisions: list[LayerDecision] = []
         self._seen: dict[int, tuple[Tensor, Tensor, Tensor, float]] = {}
         self._decide: Callable[[LayerView], Tensor | LayerCut] | None = None
+        self._clock: Clock | None = None
         self.asking: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[int, torch.device], dict[str, Any]] = {}
 
     def begin(
-        self, placed: Placed, mask: Tensor, decide: Callable[[LayerView], Tensor | LayerCut]
+        self,
+        placed: Placed,
+        mask: Tensor,
+        decide: Callable[[LayerView], Tensor | LayerCut],
+        clock: Clock | None = None,
     ) -> None:
-        """Make it the prefill of a sequence."""
+        """Make it the prefill of a sequence; the clock is told what decisions take."""
         rows, entries = mask.shape
         if self._batch % rows or self._new < entries:
             raise UnsupportedModeError(
@@ -78,7 +85,7 @@ class LayerRun:
                 "prefill_chunk_size with a method that drops tokens between decoder layers"
             )
         self.stages.append(Stage.first(placed, mask.to(self._device), self._new))
-        self._decide = decide
+        self._decide, self._clock = decide, clock
 
     def stage(self, layer: int) -> Stage | None:
         """Of a prefill, the entries that a layer sees."""
@@ -95,7 +102,8 @@ class LayerRun:
         stage = None
         if self.stages:
             while len(self.stages) <= group:
-                self.stages.append(self._cut(self._cuts[len(self.stages) - 1], hidden, given))
+                with self._timed():
+                    self.stages.append(self._cut(self._cuts[len(self.stages) - 1], hidden, given))
             if self.stages[group] is not self.stages[0]:
                 stage = self.stages[group]
         if stage is None and (self._state is None or group < self._first_group):
@@ -103,12 +111,16 @@ class LayerRun:
         changed = {}
         if stage is not None and layer == self._cuts[group - 1] + 1:
             if stage is not self.stages[group - 1]:
-                hidden = stage.take(hidden)
+                with self._timed():
+                    hidden = stage.take(hidden)
             changed["hidden_states"] = hidden
         where = (group, hidden.device)
         if where not in self._made:
             self._made[where] = self._make(layer, group, stage, hidden, given)
         return changed | self._made[where]
+
+    def _timed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._clock is None else self._clock.span("llm")
 
     def _make(
         self, layer: int, group: int, stage: Stage | None, hidden: Tensor, given: dict[str, Any]

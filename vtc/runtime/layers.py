@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vtc.adapters.base import Adapter
 from vtc.errors import PatchError, SignalError, UnsupportedModeError
 from vtc.methods.base import Method
+from vtc.runtime.clock import Clock
 from vtc.runtime.layer_cache import remembered
 from vtc.runtime.layer_run import LayerRun
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage
@@ -63,6 +64,7 @@ class LayerSeam:
         self._cuts = tuple(sorted(set(layers)))
         self._budget_of, self._facts = budget_of, facts
         self._drawing: tuple[Tensor | None, int] = None, 0
+        self.clock: Clock | None = None
         _check(adapter, self._cuts)
         self._hooks: list[Any] = []
         self._wanted = False
@@ -183,7 +185,7 @@ class LayerSeam:
         first = 0 if self._method.drops_earlier_kv else 1
         run = LayerRun(self._language_model, self._cuts, first, state, given)
         if expected is not None:
-            run.begin(*expected, self._decide)
+            run.begin(*expected, self._decide, self.clock)
             for layer in self._cuts:
                 attention = self._language_model.layers[layer].self_attn
                 self._probes.enter_context(probed(attention, partial(run.see, layer)))

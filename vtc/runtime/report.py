@@ -46,8 +46,8 @@ class Report:
         kv_lengths: entries of each decoder layer's cache after the prefill.
         encoder_ms: vision tower, projector and probes.
         selector_ms: scores, choice and compaction, those of cuts inside the encoder too (but where
-            the encoder is captured: there they count as its own). Of cuts between decoder layers,
-            only what comes before the LLM.
+            the encoder is captured: there they count as its own) and of cuts between decoder
+            layers.
         ttft_ms: from the call to the first token's logits; of a direct forward, to its last hidden
             states.
         tpot_ms: per later token.
@@ -136,6 +136,7 @@ def report_of(session: Session, call: Call, positions: str) -> Report:
     actives = tuple(mean / n for mean, n in zip(means, visual, strict=True))
     clock = call.clock
     encoder, selector = clock.ms("start", "encoded"), clock.ms("encoded", "selected")
+    inside = clock.spanned("encoder")
     decode, later = clock.ms("first", "end"), (call.new_tokens or 0) - 1
     return Report(
         method=session.method.name,
@@ -149,8 +150,8 @@ def report_of(session: Session, call: Call, positions: str) -> Report:
         active_fractions=actives,
         kept_fraction=sum(fractions) / len(fractions),
         kept_fractions=fractions,
-        encoder_ms=None if encoder is None else encoder - clock.spanned,
-        selector_ms=None if selector is None else selector + clock.spanned,
+        encoder_ms=None if encoder is None else encoder - inside,
+        selector_ms=None if selector is None else selector + inside + clock.spanned("llm"),
         ttft_ms=clock.ms("start", "first"),
         tpot_ms=decode / later if decode is not None and later > 0 else None,
         new_tokens=call.new_tokens,

@@ -164,7 +164,7 @@ class Session:
             device = getattr(given, "device", torch.device("cpu"))
         clock = Clock(device)
         clock.mark("start")
-        self.tower.clock = clock
+        self.tower.clock = self.layers.clock = clock
         return clock
 
     def images(self, inputs: Mapping[str, Any]) -> Images:
