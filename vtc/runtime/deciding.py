@@ -73,7 +73,7 @@ def _tokens(
     needs = tuple(signal for signal in method.needs if signal.name != CLS_FEATURES)
     signals = {key: x.to(features.device) for key, x in session.signals(needs).items()}
     drawn = [signal for signal in tower.signals.draws if signal in method.needs]
-    if drawn or any(signal.name == "image_key" for signal in method.needs):
+    if tower.draws(method):
         signals["image_key"] = tower.keys(images, inputs)
     if any(signal.name == ENCODER_ROW for signal in method.needs):
         signals[ENCODER_ROW] = tower.encoder_rows(images)

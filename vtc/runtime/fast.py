@@ -121,6 +121,8 @@ class Fast:
             self.told |= dict.fromkeys(("encoder", "selection"), refused)
             return None
         # copies wait for the device: before it has work
+        if self.session.tower.draws(self.session.method):
+            self.session.tower.keys(images, inputs)
         given, staged = self.encoder.prepare(images, inputs), None
         why = self.selection.refusal() if self.prefills else self._llm_blocked
         if why is None:

@@ -328,7 +328,7 @@ class Session:
         """Run the method, step by step, on padded groups of tokens `[G, N, D]`."""
         with deferred(self.checks) if self.fast is not None else nullcontext():
             found = decided(self, images, features, inputs)
-        draws = any(signal.name == "image_key" for signal in self.method.needs)
+        draws = self.tower.draws(self.method)
         self._image_key = self.tower.keys(images, inputs) if draws else None
         self.layers.draw_by(self._image_key, self.seed)
         self._earlier = tuple(found[:-1])

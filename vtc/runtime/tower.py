@@ -153,8 +153,7 @@ class Tower:
             if (cuts := self.masked if masked else self.cuts) is not None:
                 cuts.clock = None if masked else self.clock  # a graph is timed as a whole
                 for step in self.cutting(images, budget):
-                    draws = any(s.name == "image_key" for s in step.method.needs)
-                    keys = self.keys(images, inputs) if draws else None
+                    keys = self.keys(images, inputs) if self.draws(step.method) else None
                     cuts.attach(stack, self._runs, step.budget, keys, seed)
             for block in self.signals.blocks:
                 see = partial(self._see, block)
@@ -192,6 +191,11 @@ class Tower:
         steps = self.method.steps(budget) if self.cuts is not None else ()
         inside = [step for step in steps if step.method.site == "encoder"]
         return [step for step in inside if not step.keeps_all(images.lengths)]
+
+    def draws(self, method: Method) -> bool:
+        """Whether a method goes by numbers made from the pixels, see `keys`."""
+        asked = any(signal.name == "image_key" for signal in method.needs)
+        return asked or any(signal in method.needs for signal in self.signals.draws)
 
     def keys(self, images: Images, inputs: Mapping[str, Any]) -> Tensor:
         """A number made from the pixels of each image alone, `int64[G]` on the CPU."""
