@@ -58,8 +58,8 @@ def parts_table(rows: Sequence[Row]) -> str:
             row["path"],
         ]
         cells += [number(row["encoder_ms"]), number(floor["encoder"])]
-        cells += [number(row["selector_ms"]), number(floor["gather"])]
-        cells += [number(row["prefill_ms"]), number(floor["prefill"])]
+        cells += [number(row.get("selector_ms")), number(floor["gather"])]
+        cells += [number(row.get("prefill_ms")), number(floor["prefill"])]
         cells += [number(row.get("tpot_ms")), number(floor["decode"])]
         cells.append(percent(least / row["ttft_ms"]))
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -53,7 +53,7 @@ def chosen(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     """By model and batch the stock model and three methods at their smallest budget."""
     found: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        if row["method"] in SHOWN and "encoder_ms" in row and row["attention"] == "sdpa":
+        if row["method"] in SHOWN and "prefill_ms" in row and row["attention"] == "sdpa":
             found.setdefault((row["model"], row["batch"]), []).append(row)
     for at, own in found.items():
         smallest = {
