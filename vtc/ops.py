@@ -84,44 +84,6 @@ def attention_received(q: Tensor, k: Tensor, scale: float, valid: Tensor) -> Ten
     return (received / valid.sum(-1, keepdim=True).clamp_min(1)).masked_fill(~valid, 0)
 
 
-def causal_mass(
-    q: Tensor, k: Tensor, scale: float, mask: Tensor, rows: Tensor, onto: Tensor
-) -> Tensor:
-    """Share of the causal attention of some entries that falls on others: the mean over heads and
-    entries.
-
-    Only the maps of the entries that can see one of the others are formed, a few at a time: an
-    entry before all of them has no mass there.
-
-    Args:
-        q: `[B, H, S, d]`.
-        k: `[B, H, T, d]`, T ≥ S: the last S keys are those of the entries, the ones before may be
-            attended to by all.
-        scale: what q·k is multiplied by.
-        mask: `bool[B, S]`, False on padding, which nothing attends to.
-        rows: `bool[B, S]`, the entries that attend.
-        onto: `bool[B, S]`, the entries attended to.
-
-    Returns:
-        `float32[B]`; 0 where a batch row has no such entries.
-    """
-    past, mass = k.shape[2] - q.shape[2], torch.zeros(len(q), device=q.device)
-    seeing = rows & (onto.cumsum(-1) > 0)
-    for b in range(len(q)):
-        at = seeing[b].nonzero()[:, 0]
-        if not len(at):
-            continue
-        keys = k[b].float()
-        key_at = torch.arange(keys.shape[1], device=q.device) - past
-        there = torch.cat([mask.new_ones(past), mask[b]])
-        for part in at.split(max(1, _MAP // keys.shape[:2].numel())):
-            logits = torch.einsum("hrd,htd->hrt", q[b][:, part].float(), keys) * scale
-            visible = there & (key_at <= part[:, None])
-            weights = logits.masked_fill(~visible, float("-inf")).softmax(-1)
-            mass[b] += weights[..., past:][..., onto[b]].sum() / len(weights)
-    return mass / rows.sum(-1).clamp_min(1)
-
-
 def causal_rows(
     q: Tensor,
     k: Tensor,
@@ -133,7 +95,7 @@ def causal_rows(
 ) -> Tensor:
     """Causal attention of some entries to all keys, head by head: the mean over these entries.
 
-    A few rows at a time are formed, like in `causal_mass`.
+    Their maps are formed in parts only.
 
     Args:
         q: `[B, H, S, d]`.
@@ -163,6 +125,34 @@ def causal_rows(
                 weights[..., past:] /= x[part] @ x.T
             out[b] += weights.sum(1)
     return out / rows.sum(-1).clamp_min(1)[:, None, None]
+
+
+def causal_mass(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    mask: Tensor,
+    rows: Tensor,
+    onto: Tensor,
+    held: Tensor | None = None,
+) -> Tensor:
+    """Share of the causal attention of some entries that falls on others: the mean over heads and
+    entries.
+
+    Only the maps of the entries that can see one of the others are formed: an entry before all of
+    them has no mass there.
+
+    Args:
+        q, k, scale, mask, rows, held: as in `causal_rows`.
+        onto: `bool[B, S]`, the entries attended to.
+
+    Returns:
+        `float32[B]`; 0 where a batch row has no such entries.
+    """
+    seeing, past = rows & (onto.cumsum(-1) > 0), k.shape[2] - q.shape[2]
+    shares = causal_rows(q, k, scale, mask, seeing, held).mean(1)[:, past:]
+    mass = shares.masked_fill(~onto, 0).sum(-1) * seeing.sum(-1)
+    return mass / rows.sum(-1).clamp_min(1)
 
 
 def massive_activation(hidden: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VtcError
+from vtc.types import Tokens
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,24 @@ class LayerView:
         past = self.key.shape[2] - self.mask.shape[1]
         held = self.mask.new_ones(len(self.mask), past) if self.held is None else self.held
         return torch.cat([held.to(self.mask.device), self.mask], 1)
+
+    def as_tokens(self, features: Tensor, signals: Mapping[str, Tensor]) -> Tokens:
+        """The visual tokens of every group, for scorers and selectors.
+
+        Args:
+            features: `[G, N, D]`.
+            signals: by key; a number made from the pixels joins them where it is known.
+        """
+        known = {} if self.image_key is None else {"image_key": self.image_key}
+        return Tokens(
+            features=features,
+            valid=self.valid,
+            grid=((1, 1, self.valid.shape[1]),) * len(self.valid),
+            parent=self.parent,
+            signals={**known, **signals},
+            seed=self.seed,
+            index=self.index,
+        )
 
     def next_layer(self, rotary: bool = True) -> LayerView:
         """The same entries as the next layer's attention would see them if none were dropped: its

@@ -15,25 +15,13 @@ from vtc.evaluation.trace import trace
 
 pytestmark = pytest.mark.eval
 
-QUESTIONS = 8
-
-
-@pytest.fixture(scope="module")
-def finished(sweep, tmp_path_factory):
-    """A small sweep with two policies and two seeds."""
-    return sweep(
-        tmp_path_factory.mktemp("traced") / "out",
-        keeps=(0.33, 0.11),
-        positions=("keep", "renumber"),
-        questions=QUESTIONS,
-        seeds=(0, 1),
-    )
+QUESTIONS = 16
 
 
 @pytest.fixture
-def out(finished, tmp_path):
-    """A copy of its folder."""
-    return shutil.copytree(finished.out, tmp_path / "copy")
+def out(swept, tmp_path):
+    """A copy of a small sweep's folder."""
+    return shutil.copytree(swept.out, tmp_path / "copy")
 
 
 def lines(path):
@@ -124,9 +112,9 @@ def test_a_row_for_each_seed_is_that_of_its_own_cell(out):
         assert len(lines(out / "cells" / f"{cell}.samples.jsonl")) == row["n"]
 
 
-def test_every_row_is_computed_again_from_what_is_on_disk(out, finished):
+def test_every_row_is_computed_again_from_what_is_on_disk(out, swept):
     found = trace(out)
-    assert [one.row["label"] for one in found] == [row["label"] for row in finished.summary]
+    assert [one.row["label"] for one in found] == [row["label"] for row in swept.summary]
     assert not [gap for one in found for gap in one.differences]
     assert all(path.is_file() for one in found for path in one.files)
     seeds = trace(out, method="random", seed="1")
@@ -186,14 +174,14 @@ def test_wrong_use_says_what_is_there(out, tmp_path, capsys):
     assert "table.json cannot be read" in capsys.readouterr().err
 
 
-def test_the_same_samples_give_the_same_bytes(out, finished):
+def test_the_same_samples_give_the_same_bytes(out, swept):
     """Table and ranking, computed twice more, are what was written."""
     content = json.loads((out / "table.json").read_text())
     for _ in range(2):
         statistics._ends.cache_clear()
-        rows, summary = tables(finished.samples)
-        again = {"rows": rows, "summary": summary, "ranking": ranking(finished.samples, summary)}
-        assert again == {name: getattr(finished, name) for name in again}
+        rows, summary = tables(swept.samples)
+        again = {"rows": rows, "summary": summary, "ranking": ranking(swept.samples, summary)}
+        assert again == {name: getattr(swept, name) for name in again}
         written = {name: content.get(name, again[name]) for name in again}
         assert store.to_json(again) == store.to_json(written)
         assert report._csv(rows) == (out / "table.csv").read_text()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -159,17 +159,18 @@ def masked(
 
 
 @contextmanager
-def masked_from_layer(model: Any, layer: int, keep: Tensor) -> Iterator[None]:
-    """Within it decoder layers from `layer` on do not attend to columns where `keep [B, S]` is
-    False."""
+def _masks_from_layer(
+    model: Any, layer: int, change: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[None]:
+    """Within it the masks of decoder layers from `layer` on are what `change` makes of them and of
+    the hidden states."""
 
     def hook(module: Any, args: Any, kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
         mask = kwargs.get("attention_mask")
         if mask is None:
-            mask = _causal(hidden, cache, module.self_attn.layer_idx)
-        return args, {**kwargs, "attention_mask": _narrowed(mask, keep, len(hidden))}
+            mask = _causal(hidden, kwargs.get("past_key_values"), module.self_attn.layer_idx)
+        return args, {**kwargs, "attention_mask": change(mask, hidden)}
 
     layers = model.model.language_model.layers[layer:]
     handles = [one.register_forward_pre_hook(hook, with_kwargs=True) for one in layers]
@@ -178,6 +179,18 @@ def masked_from_layer(model: Any, layer: int, keep: Tensor) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def masked_from_layer(model: Any, layer: int, keep: Tensor) -> Iterator[None]:
+    """Within it decoder layers from `layer` on do not attend to columns where `keep [B, S]` is
+    False."""
+
+    def narrowed(mask: Tensor, hidden: Tensor) -> Tensor:
+        return _narrowed(mask, keep, len(hidden))
+
+    with _masks_from_layer(model, layer, narrowed):
+        yield
 
 
 @contextmanager
@@ -228,25 +241,16 @@ def sizes(model: Any, family: str, inputs: Inputs, selection: Selection) -> Tens
 def weighed_from_layer(model: Any, layer: int, size: Tensor) -> Iterator[None]:
     """Within it decoder layers from `layer` on add log `size [B, S]` to the logits on columns."""
 
-    def hook(module: Any, args: Any, kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if mask is None:
-            mask = _causal(hidden, cache, module.self_attn.layer_idx)
+    def weighed(mask: Tensor, hidden: Tensor) -> Tensor:
         if mask.dtype == torch.bool:
             lowest = torch.finfo(hidden.dtype).min
             mask = torch.zeros(mask.shape).masked_fill(~mask, lowest)
         rows = size.log().repeat_interleave(len(hidden) // len(size), dim=0)[:, : mask.shape[-1]]
         bias = torch.nn.functional.pad(rows, (0, mask.shape[-1] - rows.shape[1]))
-        return args, {**kwargs, "attention_mask": mask + bias[:, None, None]}
+        return mask + bias[:, None, None]
 
-    layers = model.model.language_model.layers[layer:]
-    handles = [one.register_forward_pre_hook(hook, with_kwargs=True) for one in layers]
-    try:
+    with _masks_from_layer(model, layer, weighed):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _causal(hidden: Tensor, cache: Any, layer: int) -> Tensor:

@@ -72,12 +72,11 @@ class Contextual(Selector):
         positions = torch.cat([keep.masked_fill(~keep_valid, -1), slots], 1)
         slot = (first + owner).masked_fill(weight == 0, 0)
         chosen = replace(
-            selection_of(tokens, keep, keep_valid, scores),
-            positions=positions,
-            merge=(slot, place.masked_fill(weight == 0, 0), weight),
-            merged="encoder",
+            selection_of(tokens, keep, keep_valid, scores), positions=positions, merged="encoder"
         )
-        return _with_cls(chosen) if self.sends_cls else chosen
+        if self.sends_cls:
+            chosen, slot = _with_cls(chosen), (slot + 1).masked_fill(weight == 0, 0)
+        return replace(chosen, merge=(slot, place.masked_fill(weight == 0, 0), weight))
 
     def _targets(
         self, tokens: Tokens, rest: Tensor, behind: Tensor, dominant: Tensor
@@ -92,14 +91,10 @@ class Contextual(Selector):
 
 def _with_cls(selection: Selection) -> Selection:
     """The same with a [CLS] in front, at the position of the first token."""
-    if selection.merge is None:
-        raise NotImplementedError
-    slot, token, weight = selection.merge
     return replace(
         selection,
         keep=pad(selection.keep, (1, 0), value=-1),
         valid=pad(selection.valid, (1, 0), value=True),
         positions=pad(selection.slot_positions, (1, 0), value=0),
-        merge=((slot + 1).masked_fill(weight == 0, 0), token, weight),
         sends_cls=True,
     )

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from vtc.errors import OptionError, VtcError
 from vtc.methods.layer_cuts import LayerCuts, cut_before
-from vtc.scorers.layer_rows import text_behind
+from vtc.scorers.layer_rows import asked_text
 from vtc.selectors.opposed import even_quotas, largest, opposed
 from vtc.sites import Facts, LayerView
 
@@ -77,7 +77,7 @@ class Dart(LayerCuts):
         x = normalize(view.final_norm(view.hidden).float(), dim=-1)  # [B, S, D]
         entries = view.mask.shape[1]
         norms = view.key[:, :, -entries:].float().abs().sum((1, 3))  # [B, S]
-        text = text_behind(view) if self.text_pivots else torch.zeros_like(view.mask)
+        text = asked_text(view) if self.text_pivots else torch.zeros_like(view.mask)
         keep = view.valid.clone()
         for g, (row, count) in enumerate(zip(view.parent[:, 1].tolist(), counts.tolist())):  # noqa: B905
             if count < int(view.valid[g].sum()):

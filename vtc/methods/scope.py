@@ -47,4 +47,4 @@ class Scope(Method):
 
     def default_selector(self) -> Selector:
         """Greedy coverage of each crop."""
-        return ByRow(Coverage(self.alpha, Signal("encoder_features", ends_at_tap=True)))
+        return ByRow(Coverage(alpha=self.alpha, of=Signal("encoder_features", ends_at_tap=True)))

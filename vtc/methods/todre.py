@@ -12,6 +12,7 @@ from vtc import ops
 from vtc.errors import OptionError, SignalError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.scorers import Center, ClsAttention, Overview, RandomScores, Scorer
+from vtc.scorers.layer_rows import text_after
 from vtc.selectors import Count, FarthestPoint, MaxSum, Selector
 from vtc.sites import Facts, LayerView
 from vtc.types import Budget, Selection, Signal, Tokens, round_half_up
@@ -130,25 +131,21 @@ class ToDre(Method):
 
     def ratios(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """a_tv and a_vt of each row, `float32[B]` each."""
-        visual, text = view.visual & view.mask, _text_after(view)
+        visual, text = view.visual & view.mask, text_after(view)
         parts = view.query, view.key, view.scale, view.mask
-        return ops.causal_mass(*parts, text, visual), ops.causal_mass(*parts, visual, text)
+        return (
+            ops.causal_mass(*parts, text, visual, view.held),
+            ops.causal_mass(*parts, visual, text, view.held),
+        )
 
     def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
         """All or none of the visual tokens of each row, `bool[G, N]`."""
         text_to_visual, visual_to_text = self.ratios(view)
         drop = (text_to_visual < self.tau) & (visual_to_text < self.tau)
-        drop &= _text_after(view).any(-1)
+        drop &= text_after(view).any(-1)
         return view.valid & ~drop[view.parent[:, 1]][:, None]
 
     @property
     def drops_earlier_kv(self) -> bool:
         """Whether the layers before l stop reading visual entries as well."""
         return self.earlier_kv == "drop"
-
-
-def _text_after(view: LayerView) -> Tensor:
-    """The entries of each row after its last visual token, `bool[B, S]`."""
-    seen = view.visual & view.mask
-    from_here = seen.flip(-1).cumsum(-1).flip(-1)  # visual tokens at or after an entry
-    return view.mask & (from_here == 0) & seen.any(-1, keepdim=True)

@@ -49,4 +49,4 @@ class VisPruner(Method):
     def default_selector(self) -> Selector:
         """What matters and what is distinct in each crop."""
         features = Signal("encoder_features", ends_at_tap=True)
-        return ByRow(Distinct(self.important_ratio, features))
+        return ByRow(Distinct(share=self.important_ratio, of=features))

@@ -184,17 +184,7 @@ def layer_tokens(view: LayerView) -> Tokens:
     g = ops.attention_rows(value_last, value, view.scale, view.valid)[:, 0]
     score = flow_score(a, g, _size(value)).masked_fill(~view.valid, 0)
     signals = {"flow": score, "cls_row": a.masked_fill(~view.valid, 0)[:, None]}
-    if view.image_key is not None:
-        signals["image_key"] = view.image_key
-    return Tokens(
-        features=value.transpose(1, 2).flatten(2),
-        valid=view.valid,
-        grid=((1, 1, view.valid.shape[1]),) * len(view.valid),
-        parent=view.parent,
-        signals=signals,
-        seed=view.seed,
-        index=view.index,
-    )
+    return view.as_tokens(value.transpose(1, 2).flatten(2), signals)
 
 
 def last_entry(view: LayerView) -> Tensor:

@@ -62,15 +62,20 @@ def next_last_row(view: LayerView) -> Tensor:
     return last_row(view.next_layer())
 
 
-def text_behind(view: LayerView) -> Tensor:
-    """The entries of each row behind its last visual token, `bool[B, S]`; none in rows without.
+def text_after(view: LayerView) -> Tensor:
+    """The entries of each row behind its last visual token, `bool[B, S]`; none in rows without."""
+    seen = view.visual & view.mask
+    from_here = seen.flip(-1).cumsum(-1).flip(-1)  # visual tokens at or behind an entry
+    return view.mask & (from_here == 0) & seen.any(-1, keepdim=True)
+
+
+def asked_text(view: LayerView) -> Tensor:
+    """`text_after`, where a method cannot do without.
 
     Raises:
         InputError: a prompt ends with its image.
     """
-    seen = view.visual & view.mask
-    from_here = seen.flip(-1).cumsum(-1).flip(-1)  # visual tokens at or behind an entry
-    text = view.mask & (from_here == 0) & seen.any(-1, keepdim=True)
+    text, seen = text_after(view), view.visual & view.mask
     if bool((seen.any(-1) & ~text.any(-1)).any()):
         raise InputError(
             "the method asks the text behind an image what it looks at, expected some, got a "

@@ -26,19 +26,6 @@ def seen_tokens(view: LayerView, needs: Iterable[Signal] = ()) -> Tokens:
         view: of one decoder layer.
         needs: named as in `READERS`, or `"image_key"`.
     """
-    signals = {}
-    for need in needs:
-        if need.name in READERS:
-            signals[need.key] = READERS[need.name](view)
-        elif view.image_key is not None:
-            signals[need.key] = view.image_key
+    signals = {need.key: READERS[need.name](view) for need in needs if need.name in READERS}
     hidden = view.query.new_zeros(*view.mask.shape, 0) if view.hidden is None else view.hidden
-    return Tokens(
-        features=hidden[view.parent[:, 1:], view.columns],
-        valid=view.valid,
-        grid=((1, 1, view.valid.shape[1]),) * len(view.valid),
-        parent=view.parent,
-        signals=signals,
-        seed=view.seed,
-        index=view.index,
-    )
+    return view.as_tokens(hidden[view.parent[:, 1:], view.columns], signals)

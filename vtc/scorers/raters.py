@@ -11,7 +11,7 @@ from torch import Tensor
 from vtc import ops
 from vtc.errors import UnsupportedModeError, VtcError
 from vtc.scorers.base import Scorer
-from vtc.scorers.layer_rows import of_tokens, text_behind
+from vtc.scorers.layer_rows import asked_text, of_tokens
 from vtc.sites import Entrance, LayerView
 from vtc.types import Signal, Tokens, round_half_up
 
@@ -52,7 +52,7 @@ def raters(view: LayerView) -> Tensor:
 
     All text where no token is above the mean, such as a single one.
     """
-    text, entrance = text_behind(view), _entrance(view)
+    text, entrance = asked_text(view), _entrance(view)
     found = torch.zeros_like(text)
     for b in text.any(-1).nonzero()[:, 0].tolist():
         embeds = entrance.embeds[b].float()

@@ -54,36 +54,50 @@ def cosines(x: Tensor, valid: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Coverage(Selector):
-    """Tokens that cover the others by cosine, each gain times its score to the power of `alpha`.
+class Comparing(Selector):
+    """A selector that compares tokens.
 
     Args:
-        alpha: 0: scores do not matter.
         of: the signal whose vectors are compared; None: tokens in the LLM's embedding space.
     """
 
-    name: ClassVar[str] = "coverage"
-    alpha: float = 1.0
     of: Signal | None = None
-
-    def __post_init__(self) -> None:
-        if self.alpha < 0:
-            raise OptionError(f"coverage got alpha={self.alpha}, expected at least 0")
 
     @property
     def needs(self) -> tuple[Signal, ...]:
         """The vectors compared."""
         return () if self.of is None else (self.of,)
 
-    def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
-        """Choose; raises `VtcError` on missing or NaN scores or features."""
-        scores = checked_scores(self.name, tokens, scores)
+    def vectors(self, tokens: Tokens) -> Tensor:
+        """`[G, N, D]`; raises `VtcError` where one of a valid token is NaN."""
         x = tokens.features if self.of is None else tokens.signal(self.of.key)
         require_none(
             x.isnan().any(-1) & tokens.valid,
             f"{self.name} got NaN features, expected numbers: load the model in float32 or "
             "bfloat16",
         )
+        return x
+
+
+@dataclass(frozen=True)
+class Coverage(Comparing):
+    """Tokens that cover the others by cosine, each gain times its score to the power of `alpha`.
+
+    Args:
+        alpha: 0: scores do not matter.
+    """
+
+    name: ClassVar[str] = "coverage"
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0:
+            raise OptionError(f"coverage got alpha={self.alpha}, expected at least 0")
+
+    def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
+        """Choose; raises `VtcError` on missing or NaN scores or features."""
+        scores = checked_scores(self.name, tokens, scores)
+        x = self.vectors(tokens)
         weight = scores.masked_fill(~tokens.valid, 0).clamp_min(0) ** self.alpha
         keep, valid = greedy_coverage(cosines(x, tokens.valid), tokens.valid, counts, weight)
         return selection_of(tokens, keep, valid, scores)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from vtc.dispatch import constant
 from vtc.errors import OptionError
-from vtc.selectors.base import Selector, checked_scores
-from vtc.selectors.coverage import cosines
+from vtc.selectors.base import checked_scores
+from vtc.selectors.coverage import Comparing, cosines
 from vtc.selectors.windows import chosen
-from vtc.types import Selection, Signal, Tokens
+from vtc.types import Selection, Tokens
 
 # how many go at a time (official code)
 _STEP = 8
 
 
 @dataclass(frozen=True)
-class Distinct(Selector):
+class Distinct(Comparing):
     """⌊share·T⌋ tokens of the highest scores, and T − that of the rest by removing near copies.
 
     The rest, highest scores first, is split into its even and odd items. Of the even ones the 8
@@ -29,26 +29,18 @@ class Distinct(Selector):
 
     Args:
         share: of the tokens kept by their scores.
-        of: the signal whose vectors are compared by cosine; None: tokens as the LLM gets them.
     """
 
     name: ClassVar[str] = "distinct"
     share: float = 0.5
-    of: Signal | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise OptionError(f"distinct got share={self.share}, expected one in [0, 1]")
 
-    @property
-    def needs(self) -> tuple[Signal, ...]:
-        """The vectors compared."""
-        return () if self.of is None else (self.of,)
-
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
-        """Choose; raises `VtcError` on missing or NaN scores."""
-        scores = checked_scores(self.name, tokens, scores)
-        x = tokens.features if self.of is None else tokens.signal(self.of.key)
+        """Choose; raises `VtcError` on missing or NaN scores or vectors."""
+        scores, x = checked_scores(self.name, tokens, scores), self.vectors(tokens)
         mask = torch.zeros_like(tokens.valid)
         asked = list(zip(tokens.lengths, counts.tolist(), strict=True))
         for n, count in dict.fromkeys(asked):

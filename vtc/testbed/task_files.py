@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from vtc.errors import VtcError
 from vtc.testbed.examples import Example, examples
+from vtc.testbed.parquet import parquet_bytes
 from vtc.testbed.vocabulary import CAPTION, CLIP_KINDS, PAIR_KINDS
 
 
@@ -54,29 +56,6 @@ def write_tasks(folder: str | Path, questions: int = 2000) -> Path:
 
 def _parquet(found: Sequence[Example], several: bool = False) -> bytes:
     """Questions about one picture each, or about `several`: the columns are lists then."""
-    try:
-        import datasets
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise VtcError(
-            f"{error.name} is not installed, expected the eval extra; "
-            f"pip install 'visual-token-compression[eval]'"
-        ) from None
-    boxes = datasets.List(datasets.List(datasets.Value("int64")))
-    features = datasets.Features(
-        {
-            **(
-                {"images": datasets.List(datasets.Image())}
-                if several
-                else {"image": datasets.Image()}
-            ),
-            "question": datasets.Value("string"),
-            "answer": datasets.Value("string"),
-            "kind": datasets.Value("string"),
-            "evidence": datasets.List(boxes) if several else boxes,
-        }
-    )
     shown = [[_png(picture) for picture in e.video or e.images] for e in found]
     evidence = [[[list(box) for box in of_one] for of_one in e.boxes] for e in found]
     columns = {
@@ -86,10 +65,19 @@ def _parquet(found: Sequence[Example], several: bool = False) -> bytes:
         "kind": [e.kind for e in found],
         "evidence": evidence if several else [of_all[0] for of_all in evidence],
     }
-    buffer = io.BytesIO()
-    # the schema says which column is a picture
-    parquet.write_table(pyarrow.Table.from_pydict(columns, features.arrow_schema), buffer)
-    return buffer.getvalue()
+    return parquet_bytes(columns, partial(_features, several))
+
+
+def _features(several: bool, datasets: Any) -> dict[str, Any]:
+    boxes = datasets.List(datasets.List(datasets.Value("int64")))
+    picture = datasets.Image()
+    return {
+        **({"images": datasets.List(picture)} if several else {"image": picture}),
+        "question": datasets.Value("string"),
+        "answer": datasets.Value("string"),
+        "kind": datasets.Value("string"),
+        "evidence": datasets.List(boxes) if several else boxes,
+    }
 
 
 def _png(picture: Image.Image) -> dict[str, bytes | None]:
