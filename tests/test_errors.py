@@ -11,6 +11,7 @@ import torch
 
 import vtc
 from vtc import errors
+from vtc.methods import registry
 
 BAD_PATCHES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown method": (
@@ -467,3 +468,26 @@ def test_a_name_that_is_taken() -> None:
 
     with pytest.raises(errors.OptionError, match="'random' exists already"):
         vtc.register(Mine)
+
+
+def test_another_class_of_a_registered_name() -> None:
+    def mine(summary: str) -> type[vtc.Method]:
+        @vtc.register
+        class MineAgain(vtc.Method):
+            __doc__ = summary
+
+        return MineAgain
+
+    try:
+        mine("a cell of a notebook")
+        # defined once more, in the same place
+        again = mine("the same cell, run again")
+        assert registry._table()["MineAgain"] is again
+
+        class MineAgain(vtc.Method):
+            """Of the same name, from elsewhere."""
+
+        with pytest.raises(errors.OptionError, match="'MineAgain' exists already"):
+            vtc.register(MineAgain)
+    finally:
+        registry._REGISTERED.pop("MineAgain", None)

@@ -17,15 +17,17 @@ _REGISTERED: dict[str, type[Method]] = {}
 
 def register(cls: type[Method]) -> type[Method]:
     """Make a method of your own known by its name (a decorator). Not needed to pass an object to
-    `vtc.patch`.
+    `vtc.patch`. The same class defined once more, as when a notebook's cell runs again, takes the
+    place of the one before.
 
     Raises:
         OptionError: not a method class, or another one has that name.
     """
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise OptionError(f"register got {cls!r}, expected a class derived from vtc.Method")
-    table = _table()
-    if cls.name in table and table[cls.name] is not cls:
+    known = _table().get(cls.name, cls)
+    same = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+    if not same or _built_in().get(cls.name, cls) is not cls:
         raise OptionError(f"a method called {cls.name!r} exists already; give yours another name")
     _REGISTERED[cls.name] = cls
     return cls

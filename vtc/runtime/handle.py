@@ -252,7 +252,7 @@ def patch(
 
     Raises:
         OptionError, UnsupportedModelError, SignalError, PatchError: see `vtc.errors`; the model is
-        untouched.
+            untouched.
     """
     chosen = build_method(method, **method_options)
     budget = chosen.check_keep(keep)
