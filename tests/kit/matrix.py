@@ -43,6 +43,28 @@ BOTH = "image and video, video, text only"
 WIDE = ("batch 1", MIXED, BOTH)
 # a family of each lineage is run in full by default
 FULL = ("llava_next", "qwen3_vl", "internvl")
+# methods that only compose what others of their site run in full, see `cells`: scores before the
+# LLM, sums of encoder features, cuts and merges between decoder layers
+COMPOSED_ONLY = frozenset(
+    [
+        "cdpruner",
+        "dart",
+        "divprune",
+        "evs",
+        "fastervlm",
+        "hiprune",
+        "hired",
+        "holov",
+        "mmtok",
+        "paint",
+        "prumerge",
+        "prumerge_plus",
+        "pyramiddrop",
+        "scope",
+        "uniform",
+        "vispruner",
+    ]
+)
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -371,16 +393,19 @@ def want(spec: Spec, family: str, inputs: Inputs, decision: Decision, mode: str)
 
 def cells(*axes: Sequence[Any], full: Sequence[str] = FULL) -> list[Any]:
     """Every family with every combination of the axes; slow, beyond those that the default run
-    covers: the families of `full` with all but further options of a method, of the others each
-    value of each axis once; further options of methods over layers in every fourth family."""
+    covers: the families of `full` with all but further options of a method and `COMPOSED_ONLY`, of
+    the others each value of each axis once; further options of methods over layers in every fourth
+    family, `COMPOSED_ONLY` in every second."""
     further = {spec for name in VARIANTS for spec in specs_of(name)[1:]}
     out = []
     for f, family in enumerate(FAMILIES):
         chosen = _pairs(f, *axes)
         for cell in _combinations(axes):
             more = further & set(cell)
-            fully = family in full and not more
+            composed = [s for s in cell if isinstance(s, Spec) and s.name in COMPOSED_ONLY]
+            fully = family in full and not more and not composed
             by_turns = all((f + SPECS.index(spec)) % 4 == 0 for spec in more if spec.over_layers)
+            by_turns &= all((f + SPECS.index(spec)) % 2 == 0 for spec in composed)
             marks = () if fully or (cell in chosen and by_turns) else (pytest.mark.slow,)
             out.append(pytest.param(family, *cell, marks=marks))
     return out
