@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
             ttft_row("vtc_cls", "fast", 8.0),
         ],
         "kernels": [
-            kernel_row("triton", 0.04),
+            kernel_row("triton", 0.04) | {"graph_ms": 0.03},
             kernel_row("torch", 0.4),
             kernel_row("official", 0.8),
         ],
@@ -63,7 +63,7 @@ def test_the_table_is_written_between_the_marks(load: Callable[[str], Any], fold
     )
     assert "| 5.00× | 2.50× | 12.00 (3.67×, 1.83×) | 2.5 % | 5.0 % |" in text
     assert "| LLaVA-1.5-7B, 576 | `stock` | eager | 4,000 (3,600–4,400) | 31.00 | – | – |" in text
-    assert "`compact` | 8 × 2,944 → 640 × 4096 | 0.040 ms | 0.400 ms (10.00×)" in text
+    assert "`compact` | 8 × 2,944 → 640 × 4096 | 0.040 ms | 0.030 ms | 0.400 ms (10.00×)" in text
     assert "stock is out of memory at 40; `vtc_cls` → 160 takes 300 ms and 54.0 GiB for 40" in text
     assert "A GPU" in text and "abc" in text
     assert generate(load, folder, "--check") == 0
