@@ -10,7 +10,8 @@ import time
 import pandas as pd
 import pytest
 
-pytestmark = [pytest.mark.eval, pytest.mark.slow]
+# five starts of a sweep, beside whatever else two cores do
+pytestmark = [pytest.mark.eval, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SETTINGS = ["--methods", "vtc_cls", "flowcut", "--keep", "0.11", "--positions", "keep"]
 SETTINGS += ["--questions", "8", "--seeds", "0", "--batch-size", "8", "--timed-samples", "1"]
