@@ -81,6 +81,19 @@ def test_seeds_are_averaged(said):
     )
 
 
+def test_one_question_has_a_difference_and_no_interval(samples_frame):
+    cells = {
+        ("none", "keep", None, 0): [1.0],
+        ("vtc_cls", "keep", 0.5, 0): [0.0],
+        ("ima_skip", "keep", None, 0): [0.0],
+        ("random", "keep", 0.5, 0): [1.0],
+    }
+    frame = samples_frame(cells)
+    ours, free = findings.losses(frame, table.tables(frame)[1])
+    assert ours.endswith("vtc_cls (keep): +100.0 points [n/a], p=1.000 after Holm at keep=0.5")
+    assert "+100.0 points [n/a] at 50.0 % active tokens" in free
+
+
 def test_a_curve_that_rises_beyond_its_interval_is_named(said):
     _, bends = said(
         {

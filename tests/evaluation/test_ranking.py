@@ -90,6 +90,16 @@ def test_areas_are_compared_question_by_question_and_corrected_together(ranked):
         assert [row[f"{name}_holm"] for row in rows] == holm(row[name] for row in rows)
 
 
+def test_one_question_is_ranked_without_intervals(samples_frame):
+    given = cells(vtc_cls=(1, 1, 1), random=(1, 1, 0), downsample=(1, 0, 0))
+    frame = samples_frame({key: scores[:1] for key, scores in given.items()})
+    rows = ranking(frame, table.tables(frame)[1])
+    assert [row["label"] for row in rows] == ["vtc_cls", "random", "downsample"]
+    assert rows[0]["vs_random"] > 0 and rows[0]["vs_random_low"] is None
+    assert rows[0]["p_random"] == 1.0
+    assert " points [n/a] over random" in orders.best(rows)[0]
+
+
 def test_seeds_are_averaged_by_question(ranked):
     given = cells(random=(36, 24, 12))
     given |= {("random", "keep", k, 1): FULL for k in (0.5, 0.25, 0.125)}

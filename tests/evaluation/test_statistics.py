@@ -165,6 +165,11 @@ def test_exchanging_answers_of_right_and_wrong_ones_is_mcnemars_test():
     assert sign_flip(np.zeros(9)) == 1.0
 
 
+def test_one_question_shows_nothing():
+    one, none = np.ones(1), np.zeros(1)
+    assert sign_flip(one) == mcnemar([one], [none]) == 1.0
+
+
 def test_holm_is_the_running_largest_of_each_times_how_many_are_left():
     values = [0.04, None, 0.001, 0.03, 0.6]
     order, largest, expected = [2, 3, 0, 4], 0.0, {}

@@ -40,6 +40,12 @@ def test_a_baseline_beats_what_scores_lower_than_it_somewhere(summary):
     assert smaller.beaten == ["vtc_cls (-2.5 at keep=0.1)"] and smaller.clearly == []
 
 
+def test_one_question_is_no_clear_difference(samples_frame):
+    cells = {key: [1.0] for key in CELLS} | {("vtc_cls", "keep", 0.1, 0): [0.0]}
+    for found in verdicts(table.tables(samples_frame(cells))[1]):
+        assert found.beaten == ["vtc_cls (-100.0 at keep=0.1)"] and found.clearly == []
+
+
 def test_baselines_are_not_among_the_beaten(samples_frame):
     cells = {**CELLS, ("uniform", "keep", 0.1, 0): right(0)}
     found = verdicts(table.tables(samples_frame(cells))[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -69,7 +70,7 @@ def _rivals(summary: Sequence[Row], row: Row) -> list[tuple[Row, str, str | None
     at_keep = f"keep={row['keep']}"
     random = control(summary, row)
     found = [] if random is None else [(random, at_keep, _tested(row, random, RANDOM))]
-    if counted and row["method"] != DOWNSAMPLE:
+    if counted and row["label"] != DOWNSAMPLE:
         found += [
             (other, at_keep, _tested(row, other, DOWNSAMPLE))
             for other in _same_keep(summary, row, DOWNSAMPLE)
@@ -94,10 +95,10 @@ def _tested(row: Row, other: Row, name: str) -> str | None:
     return f"p_{name}_holm" if same else None
 
 
-def _same_keep(summary: Sequence[Row], row: Row, method: str) -> list[Row]:
+def _same_keep(summary: Sequence[Row], row: Row, label: str) -> list[Row]:
     """The baseline at the same keep; under the same positions where it was run under them."""
-    key = (row["model"], row["task"], method, row["keep"])
-    same = [r for r in summary if (r["model"], r["task"], r["method"], r["keep"]) == key]
+    key = (row["model"], row["task"], label, row["keep"])
+    same = [r for r in summary if (r["model"], r["task"], r["label"], r["keep"]) == key]
     return [r for r in same if r["positions"] == row["positions"]][:1] or same[:1]
 
 
@@ -131,7 +132,9 @@ def of_what(summary: Sequence[Row], row: Row) -> str:
 
 
 def _gap(gap: Interval, p: float | None = None) -> str:
-    said = f"{points(gap.value)} points [{points(gap.low)}, {points(gap.high)}]"
-    if p is not None:
-        return f"{said}, {chance(p)} after Holm"
+    none = math.isnan(gap.low)
+    ends = "n/a" if none else f"{points(gap.low)}, {points(gap.high)}"
+    said = f"{points(gap.value)} points [{ends}]"
+    if p is not None or none:
+        return said if p is None else f"{said}, {chance(p)} after Holm"
     return said if gap.excludes_zero else f"{said}, within its interval"

@@ -93,12 +93,12 @@ def sign_flip(gaps: Floats) -> float:
     """The p-value that the mean of paired differences is 0, two-sided, for scores of any kind.
 
     A permutation test (scipy) that exchanges the two methods question by question; of right and
-    wrong answers it is McNemar's.
+    wrong answers it is McNemar's. One question can show nothing: exchanged, it is as far from 0.
 
     Args:
         gaps: a − b, `[questions]`.
     """
-    if not gaps.any():
+    if len(gaps) < 2 or not gaps.any():
         return 1.0
     found = stats.permutation_test(
         (gaps,),

@@ -43,23 +43,24 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     for baseline in (RANDOM, DOWNSAMPLE):
         gaps = _gaps(rows, baseline)
         worst = {label: min(own) for label, own in gaps.items() if min(own)[0] < 0}
-        clear = [label for label, own in gaps.items() if any(high < 0 for _, high, _ in own)]
+        clear = [label for label, own in gaps.items() if any(clearly for *_, clearly in own)]
         said = [
-            f"{label} ({points(gap)} at keep={keep})" for label, (gap, _, keep) in worst.items()
+            f"{label} ({points(gap)} at keep={keep})" for label, (gap, keep, _) in worst.items()
         ]
         found.append(Verdict(_WORDS[baseline], said, clear, len(gaps)))
     return [verdict for verdict in found if verdict.tried]
 
 
-def _gaps(rows: Sequence[Row], baseline: str) -> dict[str, list[tuple[float, float, str]]]:
-    """By method: difference, its upper end and keep, wherever it was compared with the baseline."""
-    found: dict[str, list[tuple[float, float, str]]] = {}
+def _gaps(rows: Sequence[Row], baseline: str) -> dict[str, list[tuple[float, str, bool]]]:
+    """By method: difference, keep, and whether its interval lies below zero, wherever it was
+    compared with the baseline; one question has no interval."""
+    found: dict[str, list[tuple[float, str, bool]]] = {}
     for row in rows:
         gap = row.get(f"vs_{baseline}")
         if gap is None or row["label"] in (FULL, *BASELINES):
             continue
         high = row[f"vs_{baseline}_high"]
-        found.setdefault(name(row), []).append((gap, gap if high is None else high, row["keep"]))
+        found.setdefault(name(row), []).append((gap, row["keep"], high is not None and high < 0))
     return found
 
 
