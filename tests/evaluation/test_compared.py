@@ -66,6 +66,20 @@ def test_every_row_is_tested_against_random_and_downsample_of_its_keep(summary):
     assert other["p_downsample"] == mcnemar([own], [smaller])
 
 
+def test_a_smaller_picture_with_options_is_compared_like_any_method(samples_frame):
+    label = "downsample:selector=grid_pool"
+    cells = {key: scores for key, scores in CELLS.items() if key[0] != "downsample"}
+    cells[label, "keep", 0.5, 0] = right((0, 41))
+    cells |= {key: scores for key, scores in CELLS.items() if key[0] == "downsample"}
+    summary = table.tables(samples_frame(cells))[1]
+    smaller = array("downsample", "keep", 0.5, 0)
+    own = array("vtc_cls", "keep", 0.5, 0)
+    assert find(summary, "vtc_cls", "0.5")["p_downsample"] == mcnemar([own], [smaller])
+    own = np.array(cells[label, "keep", 0.5, 0])
+    assert find(summary, label, "0.5")["p_downsample"] == mcnemar([own], [smaller])
+    assert find(summary, "downsample", "0.5")["p_downsample"] is None
+
+
 def test_nothing_is_tested_against_itself_or_at_another_keep(summary):
     for row in summary:
         if row["label"] == "none":

@@ -45,6 +45,26 @@ def test_baselines_are_always_there_and_never_twice():
     assert {*BASELINES, "none"} == {cell.method for cell in found}
 
 
+def test_a_baseline_with_options_stands_for_none():
+    given = ("random:selector=uniform", "downsample:selector=grid_pool")
+    found = {cell.label for cell in cells(methods=given, keeps=(0.5,))}
+    assert found == {*given, *BASELINES, "none"}
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        {"keeps": (0.5, 0.50, 8)},
+        {"seeds": (0, 0)},
+        {"positions": ("keep", "keep")},
+        {"methods": ("vtc_cls:start=8,ensemble=max", "vtc_cls: ensemble=max,start=8")},
+    ],
+)
+def test_what_is_asked_for_twice_is_run_once(twice):
+    once = {name: values[:1] + values[2:] for name, values in twice.items()}
+    assert cells(**twice) == cells(**once)
+
+
 def test_everything_is_the_full_model_and_one_token_is_not():
     assert [c.method for c in cells(keeps=(1.0,))] == ["none"]
     assert {c.keep for c in cells(keeps=(1.0, 1))} == {1.0}

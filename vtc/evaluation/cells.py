@@ -56,10 +56,10 @@ def plan(config: SweepConfig) -> list[Compression]:
             one that a method takes.
     """
     cells = [Compression(FULL, seed=config.seeds[0])]
-    given = list(dict.fromkeys(config.methods))
-    methods = [parse_method(text) for text in given]
+    methods = [parse_method(text) for text in config.methods]
     names = [name for name, _ in methods]
-    methods += [(name, {}) for name in BASELINES if name not in names]
+    # with options, a baseline is a method like others and stands for none
+    methods += [(name, {}) for name in BASELINES if (name, {}) not in methods]
     for name, options in methods:
         if name == FULL:
             continue
@@ -70,7 +70,7 @@ def plan(config: SweepConfig) -> list[Compression]:
             for positions in config.positions if swept and renumbers else config.positions[:1]:
                 for seed in config.seeds if draws(method) else config.seeds[:1]:
                     cells.append(Compression(name, written(keep), positions, seed, options))
-    return cells
+    return list({(c.label, written(c.keep), c.positions, c.seed): c for c in cells}.values())
 
 
 def _keeps(method: Method, config: SweepConfig) -> list[float | int | None]:

@@ -127,7 +127,7 @@ def _compare(
 
 def _rival(together: Mapping[CurveKey, Any], curve: CurveKey, method: str) -> CurveKey | None:
     """The curve of a baseline; under the same positions if it was run under them."""
-    found = [c for c in together if c.label.partition(":")[0] == method]
+    found = [c for c in together if c.label == method]
     if curve in found:
         return None
     same = [c for c in found if c.positions == curve.positions]

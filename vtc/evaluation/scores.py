@@ -84,11 +84,9 @@ class Scores:
         None for methods whose keep is not a share of the tokens: they have no such picture.
         """
         counted = controls(of["method"], of["options"]) == (RANDOM,)
-        if not counted or of["method"] in (FULL, DOWNSAMPLE):
+        if not counted or of["label"] in (FULL, DOWNSAMPLE):
             return None
-        return self._first(
-            of, lambda key: key.label.partition(":")[0] == DOWNSAMPLE and key.keep == of["keep"]
-        )
+        return self._first(of, lambda key: key.label == DOWNSAMPLE and key.keep == of["keep"])
 
     def original_ids(self, of: Mapping[str, Any]) -> dict[str, Any] | None:
         """The same method, keep and seeds with original position ids, if the row has others."""
