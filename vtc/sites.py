@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.entrance import Entrance, Heads
 from vtc.errors import VtcError
 from vtc.types import Tokens
 
@@ -61,7 +62,8 @@ class BlockView:
     """What is left of every row of the encoder, as one block's attention saw it.
 
     Attributes:
-        block: the block, 0-based. A cut decided here is in force from the next block on.
+        block: the block, 0-based. A cut decided here is in force from the next block on; −1 is in
+            front of the first block, where there are no queries, keys or values.
         tap: the block whose output the LLM reads; the last useful decision is that of `tap - 1`.
         valid: `bool[R, U]`, False on padding.
         index: `int64[R, U]`, which unit of the row (in LLM token order), ascending; 0 on padding.
@@ -80,6 +82,9 @@ class BlockView:
         image_key: `int64[R]` on the CPU, a number made from the pixels of the row's image, another
             one for each of its rows; None where the method's `needs` do not name it.
         seed: the seed given to `vtc.patch`.
+        pixels: in front of the first block, the pixel values of each unit, `[R, U, v]`; else None.
+        cells: in front of the first block, the frame, row and column of each unit in the grid of
+            its row, `int64[R, U, 3]` on the CPU; −1 on padding; else None.
     """
 
     block: int
@@ -99,6 +104,8 @@ class BlockView:
     video: tuple[bool, ...] = ()
     image_key: Tensor | None = None
     seed: int = 0
+    pixels: Tensor | None = None
+    cells: Tensor | None = None
 
     @property
     def patches(self) -> int:
@@ -114,51 +121,18 @@ class Cut:
         keep: `bool[R, U]`, the units that go on, or None: no cut here. At least one of each row
             that has any.
         carry: numbers `[R, U]` to be handed to the next block, by name.
+        into: `int64[R, U]`, the unit of its row whose hidden states each takes part in, patch by
+            patch; kept ones take part in their own. None: nothing is merged.
+        weight: `float[R, U]`, with which weight.
+        size: `float[R, U]`, how many units each that goes on counts for in the attention of later
+            blocks: log(size) is added to the logits on its patches; None: one.
     """
 
     keep: Tensor | None
     carry: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Entrance:
-    """What the first decoder layer got, before any cut between layers.
-
-    Letters: E entries of the prompt then.
-
-    Attributes:
-        embeds: `[B, E, D]`, the input embeddings.
-        mask: `bool[B, E]`, False on padding.
-        visual: `bool[B, E]`, True on visual tokens.
-        entry: `int64[B, S]`, which of the E each entry of the view is.
-        angles: cosines and sines of the rotary positions of the S entries, `[B, S, d]` each; on
-            some versions `[3, B, S, d]` with M-RoPE.
-    """
-
-    embeds: Tensor
-    mask: Tensor
-    visual: Tensor
-    entry: Tensor
-    angles: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Heads:
-    """What one decoder layer's attention computes with.
-
-    Attributes:
-        query: as in `LayerView`, like the others.
-        key: likewise.
-        value: likewise.
-        scale: likewise.
-        held: likewise.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    held: Tensor | None = None
+    into: Tensor | None = None
+    weight: Tensor | None = None
+    size: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

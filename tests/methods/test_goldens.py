@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ def test_golden_in_the_encoder(case: dict[str, Any]) -> None:
     assert [row for (row,) in got] == case["kept"]
 
 
+@pytest.mark.parametrize("case", [c for c in CASES if "pixels" in c.values[0]])
+def test_golden_before_the_encoder(case: dict[str, Any]) -> None:
+    grid = torch.tensor(case["pixels"], dtype=torch.float32)
+    view = stated_view([{"a": [1.0] * grid.numel()}], cls=True, m=1)(0, None, None)
+    cells = torch.cartesian_prod(*(torch.arange(n) for n in (1, *grid.shape)))
+    view = replace(view, block=-1, pixels=grid.view(1, -1, 1), cells=cells[None])
+    cut = vtc.method(case["method"], **case.get("options", {})).encoder_cut(view, Budget(None))
+    assert cut.keep is not None
+    assert cut.keep[0].nonzero()[:, 0].tolist() == case["kept"]
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "entries" in c.values[0]])
 def test_golden_between_decoder_layers(case: dict[str, Any]) -> None:
     view = stated_layer(case)
@@ -41,7 +53,9 @@ def test_golden_between_decoder_layers(case: dict[str, Any]) -> None:
         assert [m.nonzero()[:, 0].tolist() for m in members] == case["clusters"]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not {"blocks", "entries"} & set(c.values[0])])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not {"blocks", "entries", "pixels"} & set(c.values[0])]
+)
 def test_golden(case: dict[str, Any]) -> None:
     t, h, w = case["grid"]
     n = t * h * w

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import vtc
 from tests.methods.views import layer_view
+from vtc.entrance import Heads
 from vtc.errors import InputError, OptionError, SignalError
 from vtc.methods.layer_cuts import LayerCuts
 from vtc.selectors.opposed import even_quotas, opposed
-from vtc.sites import Facts, Heads, LayerView
+from vtc.sites import Facts, LayerView
 from vtc.types import Budget
 
 ROWS: list[list[int | None]] = [[3, None, 4], [None, 2, None, 1], [5], [1, None, 9]]

@@ -15,9 +15,10 @@ from tests.kit.models import build_model
 from tests.kit.prompts import build_inputs
 from tests.methods.test_layer_methods import ROWS, facts
 from tests.methods.views import layer_view
+from vtc.entrance import Heads
 from vtc.errors import OptionError, SignalError
 from vtc.selectors.bounded_clusters import bounded_clusters, cosine_distances
-from vtc.sites import Heads, LayerCut
+from vtc.sites import LayerCut
 from vtc.types import Budget
 
 

@@ -12,10 +12,11 @@ from sklearn.neighbors import NearestNeighbors
 
 from tests.methods.test_layer_methods import ROWS, built, facts, seen
 from vtc import ops
+from vtc.entrance import Entrance
 from vtc.methods.sparsevlm import _clusters, _recyclable
 from vtc.scorers.raters import _turned_ones, rater_rows, rater_rows_corrected, raters
 from vtc.selectors.density_peaks import density_peaks
-from vtc.sites import Entrance, LayerCut, LayerView
+from vtc.sites import LayerCut, LayerView
 from vtc.types import Budget
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from vtc.entrance import Entrance, Heads
 from vtc.methods.base import Method
-from vtc.sites import BlockView, Entrance, Facts, Heads, LayerView
+from vtc.sites import BlockView, Facts, LayerView
 from vtc.types import Budget
 
 
@@ -109,15 +110,18 @@ def run_encoder(
 def stated_view(
     blocks: Sequence[Mapping[str, Sequence[float]]], cls: bool, m: int
 ) -> Callable[..., BlockView]:
-    """One row, one head, whose attention, likeness and size of values are `a`, `g` and `m` of each
-    block, per patch: softmax of log a, of log g, and first coordinates filled up to norm m."""
+    """One row, one head, whose keys are `keys` of each block, per patch, or whose attention,
+    likeness and size of values are `a`, `g` and `m`: softmax of log a, of log g, and first
+    coordinates filled up to norm m."""
 
     def view(block: int, left: Any, carry: Any) -> BlockView:
         given = blocks[block]
-        units = len(given["a"]) // m
+        units = len(given.get("keys", given.get("a", ()))) // m
         at = torch.tensor(left[0] if left else range(units))
         patches = (at[:, None] * m + torch.arange(m)).flatten()
-        a, size = (torch.tensor(given[name])[patches] for name in ("a", "m"))
+        a, size = (
+            torch.tensor(given.get(name, [1.0] * (units * m)))[patches] for name in ("a", "m")
+        )
         like = torch.tensor(given.get("g", [1.0] * (units * m)))[patches].log()
         # softmax does not mind a shift: the one that leaves each |log g| at most m
         low, high = (like - size).max(), (like + size).min()
@@ -125,6 +129,8 @@ def stated_view(
         like = like - (low + high) / 2
         query, key, value = torch.zeros(3, 1, 1, cls + len(patches), 2)
         query[..., 0], key[0, 0, cls:, 0] = 1, a.log()
+        if "keys" in given:
+            key[0, 0, cls:] = torch.tensor(given["keys"])[patches]
         value[0, 0, cls:] = torch.stack([like, size - like.abs()], -1)
         if cls:
             value[0, 0, 0, 0] = 1

@@ -135,7 +135,8 @@ def _where(method: Method, session: Any, made_up: bool) -> str:
     if blocks := tuple(sorted({*tower.signals.blocks, *tower.signals.feature_blocks})):
         first += f" (reads {_span(blocks)} of {facts.encoder_depth} blocks)"
     if tower.cuts is not None:
-        first += f" (blocks {_span(tuple(sorted(tower.cuts.blocks)))})"
+        blocks = tuple(sorted(tower.cuts.blocks))
+        first += " (before block 0)" if blocks == (-1,) else f" (blocks {_span(blocks)})"
     if method.site == "llm_rows":
         first = _rows(method, session, made_up)
     later = session.method.llm_layers(facts, session.budget)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.adapters.base import Adapter, Encoder
+from vtc.adapters.base import Adapter, Encoder, Visual
 from vtc.errors import UnsupportedModeError, VtcError
 from vtc.methods.base import Method
 from vtc.runtime.clock import Clock
-from vtc.runtime.layouts import PackedLayout, RowLayout
+from vtc.runtime.layouts import RowLayout
+from vtc.runtime.packed_layout import PackedLayout
 from vtc.runtime.probe import probed
 from vtc.runtime.rows import Run
 from vtc.sites import BlockView
@@ -59,6 +60,7 @@ class EncoderCuts:
         self.patches: dict[int, Tensor] = {}
         self.clock: Clock | None = None
         self._runs: list[Run] = []
+        self._visuals: list[Visual] = []
         self._budget = Budget(None)
         self._drawing: tuple[Tensor | None, int] = None, 0
         self._layout: RowLayout | PackedLayout | None = None
@@ -92,6 +94,7 @@ class EncoderCuts:
         self.clear()
         self.lengths = [0] * self.encoder.depth
         self._runs, self._budget, self._drawing = list(runs), budget, (image_key, seed)
+        self._visuals = [v for run in runs for v in run.visuals]
         for b, (block, attention) in enumerate(
             zip(self.encoder.blocks, self.encoder.attentions, strict=True)
         ):
@@ -130,18 +133,24 @@ class EncoderCuts:
         if block == 0:
             self._layout, self._carry = self._laid_out(self._runs.pop(0), hidden), {}
             hidden = self._layout.ordered(hidden)
+            hidden = self._cut_behind(-1, self._layout, hidden)
         elif self._layout is not None:
             self._layout.follow(hidden.device)
             self._done(block - 1, self._layout)
-            if block - 1 in self.blocks:
-                with self.clock.span("encoder") if self.clock is not None else nullcontext():
-                    hidden = self._decided(self._layout, block - 1, hidden)
+            hidden = self._cut_behind(block - 1, self._layout, hidden)
         self._seen.clear()
         if (layout := self._layout) is None:
             return args, kwargs
         layout.entering(block)
         self.lengths[block] += layout.patches
         return (hidden, *args[1:]), layout.arguments(named)
+
+    def _cut_behind(self, block: int, layout: RowLayout | PackedLayout, hidden: Tensor) -> Tensor:
+        """The output of a block without what is dropped behind it; −1: the first block's input."""
+        if block not in self.blocks:
+            return hidden
+        with self.clock.span("encoder") if self.clock is not None else nullcontext():
+            return self._decided(layout, block, hidden)
 
     def _laid_out(self, run: Run, hidden: Tensor) -> RowLayout | PackedLayout:
         """All units of a run, of whose first block this is the input."""
@@ -158,6 +167,8 @@ class EncoderCuts:
     def _view(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> BlockView:
         """What is left of every row, as a block saw it that gave `hidden`."""
         run = layout.run
+        if block < 0:
+            return self._first_view(layout, hidden)
         queries, keys, values, scales = zip(*self._seen, strict=True)
         return BlockView(
             block=block,
@@ -179,6 +190,34 @@ class EncoderCuts:
             seed=self._drawing[1],
         )
 
+    def _first_view(self, layout: RowLayout | PackedLayout, hidden: Tensor) -> BlockView:
+        """All units of every row, in front of the first block."""
+        run, rows = layout.run, len(layout.valid)
+        whole = self.adapter.pixels(run.inputs, self._visuals)
+        own = [whole[i] for i in run.members]
+        places = int(self.encoder.has_cls) + layout.full * layout.m
+        nothing = hidden.new_zeros(rows, 0, places, 0)
+        return BlockView(
+            block=-1,
+            tap=self.encoder.tap,
+            valid=layout.reaching,
+            index=layout.index,
+            units=layout.reachable,
+            image=run.image - run.members[0],
+            tokens=tuple(v.tokens for v in run.visuals),
+            rows=tuple(v.rows for v in run.visuals),
+            has_cls=self.encoder.has_cls,
+            query=nothing,
+            key=nothing,
+            value=nothing,
+            scale=1.0,
+            carry={},
+            video=tuple(v.video for v in run.visuals),
+            seed=self._drawing[1],
+            pixels=layout.unit_pixels(own).to(hidden.device),
+            cells=layout.unit_cells(),
+        )
+
     def _decided(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> Tensor:
         view = self._view(layout, block, hidden)
         with torch.no_grad():
@@ -189,7 +228,11 @@ class EncoderCuts:
         keep = self._checked(cut.keep, view.valid)
         if torch.equal(keep, layout.valid):
             return hidden
+        if cut.into is not None and cut.weight is not None:
+            hidden = layout.merge(hidden, cut.into, cut.weight)
         hidden, order = layout.cut(hidden, keep)
+        if cut.size is not None:
+            layout.weigh(cut.size, order)
         self._carry = {name: x.gather(1, order) for name, x in self._carry.items()}
         return hidden
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.entrance import Entrance, Heads
 from vtc.errors import SignalError, UnsupportedModeError
 from vtc.runtime.ahead import projected
 from vtc.runtime.clock import Clock
 from vtc.runtime.layer_bias import biased, check_biased, joined
 from vtc.runtime.layer_cache import GroupMasks, LayerState, filled, remember
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage, repeated
-from vtc.sites import Entrance, Heads, LayerCut, LayerView
+from vtc.sites import LayerCut, LayerView
 
 
 class LayerRun:

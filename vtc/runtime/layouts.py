@@ -1,4 +1,4 @@
-"""Which patches are still in the encoder's sequence: in rows of their own, or packed in one."""
+"""Which patches are still in the encoder's sequence, in rows of their own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vtc.adapters.base import Encoder
+from vtc.errors import UnsupportedModeError
 from vtc.runtime.rows import Run
 
 
-class _Layout:
+class Layout:
     """Units of each row that are left. R rows, U units of each (padded), m patches per unit."""
 
     moving: tuple[str, ...] = ("index", "valid")
@@ -27,6 +27,7 @@ class _Layout:
         valid = index < widths[:, None]
         self.index, self.valid = self._put(index.masked_fill(~valid, 0)), self._put(valid)
         self.ragged = False
+        self.bias: Tensor | None = None  # `[R, U]`, added to attention on each unit
         self._in_force: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _put(self, known: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ class _Layout:
             self.device = device
             for name in self.moving:
                 setattr(self, name, getattr(self, name).to(device))
+            self.bias = None if self.bias is None else self.bias.to(device)
             self.__dict__.pop("token_units", None)
 
     @property
@@ -104,7 +106,28 @@ class _Layout:
         self.ragged = int(counts.min()) < width
         order = order.masked_fill(~self.valid, 0)
         self.index = self.index.gather(1, order).masked_fill(~self.valid, 0)
+        if self.bias is not None:
+            self.bias = self.bias.gather(1, order).masked_fill(~self.valid, 0)
         return order
+
+    def weigh(self, size: Tensor, order: Tensor) -> None:
+        """From now on units count for `size [R, U]` (before the last cut) in attention."""
+        bias = size.float().log().to(self.device).gather(1, order)
+        self.bias = bias.masked_fill(~self.valid, 0)
+
+    def unit_pixels(self, pixels: list[Tensor]) -> Tensor:
+        """Of the pixel values of each image, those of each unit, `[R, U, v]`."""
+        raise NotImplementedError
+
+    def unit_cells(self) -> Tensor:
+        """The frame, row and column of each unit in the grid of its row, `int64[R, U, 3]` on the
+        CPU; −1 on padding."""
+        raise NotImplementedError
+
+    def merge(self, hidden: Tensor, into: Tensor, weight: Tensor) -> Tensor:
+        """Hidden states in which units are weighted sums of others, in float32; what is not merged
+        into anything keeps its own."""
+        raise NotImplementedError
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments of a block for what is left."""
@@ -115,7 +138,7 @@ class _Layout:
         return None
 
 
-class RowLayout(_Layout):
+class RowLayout(Layout):
     """Rows `[R, c + P, width]`, c = 1 with a [CLS]; the patches of a unit are moved together."""
 
     moving = ("index", "valid", "raster")
@@ -162,13 +185,46 @@ class RowLayout(_Layout):
         body = body[rows, order].masked_fill(~self.valid[..., None, None], 0).flatten(1, 2)
         return torch.cat([hidden[:, : self.first], body], 1), order
 
+    @property
+    def _side(self) -> int:
+        side = round(self.total**0.5)
+        if side * side != self.total:
+            raise UnsupportedModeError(
+                f"rows of {self.total} patches were to be seen as squares, expected square crops: "
+                "choose a method that does not look at pixels"
+            )
+        return side
+
+    def unit_pixels(self, pixels: list[Tensor]) -> Tensor:
+        """See above; rows are `[3, H, W]` each."""
+        rows = torch.cat([x if x.dim() == 4 else x[None] for x in pixels])
+        size = rows.shape[-1] // self._side
+        patches = torch.nn.functional.unfold(rows.float(), size, stride=size)  # [R, v, P]
+        return patches.transpose(1, 2)[:, self.raster.to(patches.device)].flatten(2)
+
+    def unit_cells(self) -> Tensor:
+        """See above."""
+        first, across = self.raster.cpu().amin(1), round(self.m**0.5)
+        y, x = first // self._side // across, first % self._side // across
+        cells = torch.stack([torch.zeros_like(y), y, x], -1)
+        return cells.expand(len(self.units), -1, -1)
+
+    def merge(self, hidden: Tensor, into: Tensor, weight: Tensor) -> Tensor:
+        """See above; the [CLS] is left alone."""
+        body = hidden[:, self.first :].unflatten(1, (-1, self.m))
+        sums = sums_of(body, into.to(body.device), weight.to(body.device))
+        return torch.cat([hidden[:, : self.first], sums.flatten(1, 2)], 1)
+
     def mask(self, query: Tensor) -> Tensor | None:
-        """Additive, where rows have different lengths."""
-        if not self.ragged:
+        """Additive, where rows have different lengths or units count for several."""
+        if not self.ragged and self.bias is None:
             return None
         seen = self.valid.repeat_interleave(self.m, 1)
         seen = torch.nn.functional.pad(seen, (self.first, 0), value=True)
         mask = query.new_zeros(seen.shape)
+        if self.bias is not None:
+            bias = self.bias.to(mask).repeat_interleave(self.m, 1)
+            mask[:, self.first :] = bias
         return mask.masked_fill(~seen.to(mask.device), torch.finfo(mask.dtype).min)[:, None, None]
 
     def patch_masks(self, alive: Tensor) -> list[Tensor]:
@@ -206,82 +262,12 @@ def by_image(masks: Tensor, rows: list[int]) -> list[Tensor]:
     return [part.unflatten(1, shape) for part in masks.split(rows)]
 
 
-class PackedLayout(_Layout):
-    """One sequence `[T, width]` in which rows stand one behind the other, or in windows."""
-
-    moving = ("index", "valid", "at", "places", "where")
-
-    def __init__(self, encoder: Encoder, run: Run, hidden: Tensor) -> None:
-        super().__init__(encoder, run, run.lengths, hidden.device)
-        total = int(run.lengths.sum())
-        order = torch.arange(total) if run.order is None else run.order
-        self.at = order.to(hidden.device)  # the unit at each place that is left
-        self.places = torch.arange(total, device=hidden.device)  # their original places
-        self.total = total
-        self._locate()
-
-    @property
-    def patches(self) -> int:
-        """Patches in the sequence."""
-        return len(self.at) * self.m
-
-    def ordered(self, hidden: Tensor) -> Tensor:
-        """As it is."""
-        return hidden
-
-    def _locate(self) -> None:
-        """Where each row's units stand among the places that are left: `int64[R, U]`."""
-        by_unit = self.at.argsort()
-        counts = self.valid.sum(1).tolist()
-        self.where = pad_sequence(list(by_unit.split(counts)), batch_first=True)
-
-    def assembled(self, chunks: list[Tensor]) -> Tensor:
-        """Queries, keys or values `[1, H, ·, d]` of the segments as rows `[R, H, U·m, d]`."""
-        x: Tensor = torch.cat(chunks, 2)[0].transpose(0, 1)
-        x = x.unflatten(0, (-1, self.m))  # [n, m, H, d]
-        rows = x[self.where].masked_fill(~self.valid[..., None, None, None], 0)
-        return rows.flatten(1, 2).transpose(1, 2)
-
-    def cut(self, hidden: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Drop units; returns the shorter sequence and the places of what is left in its row."""
-        stays = torch.zeros(len(self.at), dtype=torch.bool, device=self.device)
-        stays[self.where[keep]] = True
-        hidden = hidden.unflatten(0, (-1, self.m))[stays].flatten(0, 1)
-        self.at, self.places = self.at[stays], self.places[stays]
-        order = self._shrunk(keep)
-        self._locate()
-        return hidden, order
-
-    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Segment bounds and rotary positions of what is left."""
-        if len(self.at) == self.total:
-            return kwargs
-        alive = torch.zeros(self.total + 1, dtype=torch.long, device=self.device)
-        alive[self.places + 1] = self.m
-        bounds = kwargs["cu_seqlens"]
-        below = alive.cumsum(0).to(bounds.device)
-        bounds = below[bounds.long() // self.m].unique_consecutive().to(bounds.dtype)
-        patch = (self.places[:, None] * self.m + torch.arange(self.m, device=self.device)).flatten()
-        rotary = tuple(x[patch.to(x.device)] for x in kwargs["position_embeddings"])
-        out = {**kwargs, "cu_seqlens": bounds, "position_embeddings": rotary}
-        if kwargs.get("max_seqlen") is not None:
-            out["max_seqlen"] = int(bounds.diff().max())
-        return out
-
-    def patch_masks(self, alive: Tensor) -> list[Tensor]:
-        """Frames `[t, h, w]`; patches stand as in the pixel input, those of a token together."""
-        found = []
-        side = round(self.m**0.5)
-        for row, visual in zip(alive, self.run.visuals, strict=True):
-            t, h, w = visual.grids[0]
-            mask = row[: visual.tokens].repeat_interleave(self.m)
-            found.append(mask.view(t, h * side, w * side))
-        return found
-
-    def restored(self, hidden: Tensor) -> Tensor:
-        """The whole sequence, zeros where units were dropped."""
-        if len(self.at) == self.total:
-            return hidden
-        units: Tensor = hidden.unflatten(0, (-1, self.m))
-        out = units.new_zeros(self.total, *units.shape[1:])
-        return out.index_put((self.places,), units).flatten(0, 1)
+def sums_of(units: Tensor, into: Tensor, weight: Tensor) -> Tensor:
+    """Of units `[R, U, m, width]` the weighted sums at the places `into [R, U]`, in float32; at
+    places that nothing goes to, what was there."""
+    rows = torch.arange(len(units), device=units.device)[:, None].expand_as(into)
+    weight = weight.masked_fill(~weight.isfinite(), 0)
+    terms = units.float() * weight[..., None, None]
+    sums = torch.zeros_like(terms).index_put((rows, into), terms, accumulate=True)
+    filled = torch.zeros_like(weight).index_put((rows, into), weight, accumulate=True) != 0
+    return torch.where(filled[..., None, None], sums.to(units.dtype), units)

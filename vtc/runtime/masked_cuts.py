@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.dispatch import constant
 from vtc.errors import VtcError
 from vtc.runtime.cuts import EncoderCuts
-from vtc.runtime.layouts import PackedLayout, RowLayout
+from vtc.runtime.layouts import RowLayout
+from vtc.runtime.packed_layout import PackedLayout
 from vtc.runtime.rows import Run
 from vtc.sites import BlockView, Cut
 from vtc.types import Budget

@@ -11,7 +11,8 @@ from torch import Tensor
 from vtc import ops
 from vtc.adapters.base import Encoder
 from vtc.errors import SignalError
-from vtc.runtime.layouts import PackedLayout, RowLayout
+from vtc.runtime.layouts import RowLayout
+from vtc.runtime.packed_layout import PackedLayout
 from vtc.runtime.rows import Run
 from vtc.types import CLS_FEATURES, ENCODER_ROW, LLM_HIDDEN, TEXT, Signal
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.entrance import Entrance
 from vtc.errors import UnsupportedModeError, VtcError
 from vtc.scorers.base import Scorer
 from vtc.scorers.layer_rows import asked_text, of_tokens
-from vtc.sites import Entrance, LayerView
+from vtc.sites import LayerView
 from vtc.types import Signal, Tokens, round_half_up
 
 # of the 32 heads of the models it was published for, those that look at the image most

@@ -1,0 +1,103 @@
+"""ToMe: similar patches of the encoder become one, block by block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vtc.errors import SignalError
+from vtc.methods.base import Exactness, Method, Site
+from vtc.selectors.bipartite import bipartite_matches
+from vtc.selectors.shares import even_shares
+from vtc.sites import BlockView, Cut, Facts
+from vtc.types import Budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMe(Method):
+    """ToMe (Bolya et al., ICLR 2023, arXiv 2210.09461), in the vision encoder of a multimodal LLM.
+    Written from a description of the method.
+
+    Behind each block up to the last one whose work is still read (tap − 1), r patches of a row are
+    merged: with their keys averaged over heads, every other patch finds the most similar (cosine)
+    of those between; the r most similar pairs become one, the mean weighed by how many patches
+    each stands for (s), at the place of the latter. Later blocks add log(s) to attention on it
+    (`proportional`). [CLS] is left alone. r is nearly the same in all blocks, so that T are left of
+    a row behind the last cut; where that would be more than half, the rest is matched again in the
+    same block.
+
+    Ours: patches that become one LLM token together are one unit, whose keys are averaged and whose
+    patches are merged one by one; keys have the encoder's positions applied where it rotates them;
+    the merge is behind a block, in the original between its attention and its MLP. What is left
+    stands at the place of the patch merged into. Crops and frames of an image share T evenly and
+    do not see each other. `keep` counts LLM tokens.
+
+    Args:
+        proportional: whether log(s) is added to attention, as published.
+    """
+
+    name: ClassVar[str] = "tome"
+    summary: ClassVar[str] = "similar patches become one, block by block of the encoder"
+    site: ClassVar[Site] = "encoder"
+    exactness: ClassVar[Exactness] = "restatement"
+    bibtex: ClassVar[str] = """@inproceedings{bolya2023token,
+  title={Token Merging: Your ViT But Faster},
+  author={Bolya, Daniel and Fu, Cheng-Yang and Dai, Xiaoliang and Zhang, Peizhao and
+          Feichtenhofer, Christoph and Hoffman, Judy},
+  booktitle={International Conference on Learning Representations},
+  year={2023}
+}"""
+
+    proportional: bool = True
+
+    def check_facts(self, facts: Facts) -> None:
+        """A block to merge behind."""
+        if facts.tap < 1:
+            raise SignalError(
+                f"method {self.name!r} merges between encoder blocks, expected features read after "
+                f"block 1 or later, got block {facts.tap}: choose a later feature layer"
+            )
+
+    def encoder_blocks(self, facts: Facts) -> tuple[int, ...]:
+        """All before the tap."""
+        return tuple(range(facts.tap))
+
+    def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
+        """Merge so many pairs that the same number in each block to come leaves T."""
+        size = view.carry.get("size", torch.ones(view.valid.shape, device=view.valid.device))
+        left, targets = view.valid.sum(-1), targets_of(view, budget).to(view.valid.device)
+        amount = -((targets - left).clamp_max(0) // (view.tap - view.block))  # rounded up
+        if not bool(amount.any()):
+            return Cut(None, {"size": size})
+        keys = view.key[:, :, int(view.has_cls) :].float().mean(1)  # [R, U·m, d]
+        metric = keys.unflatten(1, (view.valid.shape[1], view.patches)).mean(2)
+        keep = view.valid
+        place = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
+        into = place
+        while bool(amount.any()):
+            found = bipartite_matches(metric, keep, amount)
+            merged = keep & (found != place)
+            keep, amount = keep & ~merged, amount - merged.sum(-1)
+            into = found.gather(1, into)
+        total = torch.zeros_like(size).scatter_add(1, into, size.masked_fill(~view.valid, 0))
+        weight = (size / total.gather(1, into).clamp_min(1)).masked_fill(~view.valid, 0)
+        grown = torch.where(keep, total, 1)
+        return Cut(keep, {"size": grown}, into, weight, grown if self.proportional else None)
+
+
+def targets_of(view: BlockView, budget: Budget) -> Tensor:
+    """Units of each row that leave the encoder, `int64[R]` on the CPU; rows of an image share what
+    is kept of it evenly.
+
+    Raises:
+        OptionError: a row would have none.
+    """
+    found = torch.zeros_like(view.units)
+    for i, n in enumerate(view.tokens):
+        mine = view.image == i
+        shares = even_shares(budget.count(n), view.units[mine].tolist())
+        found[mine] = torch.tensor(shares, dtype=found.dtype)
+    return found
