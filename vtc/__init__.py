@@ -6,6 +6,7 @@ from vtc.composition import compose
 from vtc.errors import VtcError
 from vtc.methods.base import Method
 from vtc.methods.registry import method, methods, register
+from vtc.recipes import recipe
 from vtc.runtime.handle import Handle, patch, unpatch
 from vtc.types import Budget, Selection, Signal, Tokens
 
@@ -25,6 +26,7 @@ __all__ = [
     "method",
     "methods",
     "patch",
+    "recipe",
     "register",
     "unpatch",
 ]

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vtc", description="Compress the visual tokens of multimodal LLMs.")
     parser.add_argument("--version", action="version", version=f"vtc {__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    for add in (_demo, _sweep, _trace, _calibrate, _bench, _methods, _tasks, _doctor):
+    for add in (_demo, _sweep, _trace, _calibrate, _bench, _methods, _recipe, _tasks, _doctor):
         add(commands)
     return parser
 
@@ -84,6 +84,14 @@ def _methods(commands: Any) -> None:
     p.add_argument("--families", action="store_true", help="on which family each works, and where")
     p.add_argument("--markdown", action="store_true", help="both as docs/methods.md has them")
     p.add_argument("--model", help="folder or hub id: also show which layers they read on it")
+
+
+def _recipe(commands: Any) -> None:
+    what = "the settings of a published row, and its numbers by lineage; without a name, all rows"
+    p = _command(commands, "recipe", what)
+    p.add_argument("name", nargs="?", metavar="NAME", help="such as fastv-llava1.5-64")
+    p.add_argument("--method", help="list rows of this method alone")
+    p.add_argument("--model", help="list rows of this model alone, such as llava1.5")
 
 
 def _tasks(commands: Any) -> None:

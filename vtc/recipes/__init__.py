@@ -1,0 +1,9 @@
+"""Rows of published tables: their settings, built exactly, and their numbers with their lineage.
+
+`tables.toml` holds the numbers, `settings.toml` how each method is built for them, `models.toml`
+the models. Nothing is read before it is asked for.
+"""
+
+from vtc.recipes.recipe import Number, Recipe, Result, names, recipe
+
+__all__ = ["Number", "Recipe", "Result", "names", "recipe"]
