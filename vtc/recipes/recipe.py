@@ -133,7 +133,7 @@ class Recipe:
                 f"{', '.join(allowed)}: its settings are those of the published row; call "
                 "vtc.patch for others"
             )
-        return build_method(self.method, **self.options, **places)
+        return build_method(self.method, **{**self.options, **places})
 
     def patch(self, model: nn.Module, **more: Any) -> Handle:
         """`vtc.patch` with exactly these settings.
