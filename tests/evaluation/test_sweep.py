@@ -4,13 +4,15 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from vtc.cli import main
-from vtc.errors import InputError, SampleError, SignalError, VtcError
+from vtc.errors import InputError, OptionError, SampleError, SignalError, VtcError
 from vtc.evaluation import answering, fingerprint, store
 from vtc.evaluation.compression import Compression
 from vtc.evaluation.kept import Kept
@@ -19,6 +21,7 @@ from vtc.evaluation.model import Vtc
 pytestmark = pytest.mark.eval
 
 CELLS = 6
+TEXT = {"capture_output": True, "text": True, "check": True}
 OUTPUTS = {"table.csv", "table.json", "report.html"}
 
 
@@ -243,6 +246,51 @@ def test_a_task_without_questions_is_left_out_and_said(sweep, tasks_folder, tmp_
     assert note.startswith("vtc_captions: not run, because the questions of vtc_captions could not")
     with pytest.raises(InputError, match="the questions of vtc_captions could not be loaded"):
         sweep(tmp_path / "none", tasks=("vtc_captions",), **given)
+
+
+def test_answers_outlive_their_questions(sweep, tasks_folder, tmp_path, runs, monkeypatch):
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=lambda seconds: None))
+    # as of a task that reads the hub: the questions are no part of the folder
+    data = shutil.copy(tasks_folder / "vtc_scenes.parquet", tmp_path)
+    folder = shutil.copytree(tasks_folder, tmp_path / "tasks")
+    file = folder / "vtc_scenes.yaml"
+    file.write_text(file.read_text().replace("vtc_scenes.parquet", data))
+    (folder / "vtc_scenes.parquet").unlink()
+    given = {"include_path": folder, "questions": 2, "timed_samples": 0, "pictures": 1}
+    before = sweep(tmp_path / "out", **given)
+    assert before.notes == () and len(runs) == CELLS
+    os.unlink(data)
+    after = sweep(tmp_path / "out", **given)
+    assert after.rows == before.rows and len(runs) == CELLS
+    (note,) = after.notes
+    assert note.startswith("vtc_scenes: no pictures, because the questions of vtc_scenes could not")
+
+
+def test_no_question_counts_twice(sweep, tasks_folder, tmp_path, runs):
+    folder = shutil.copytree(tasks_folder, tmp_path / "tasks")
+    (folder / "both.yaml").write_text("group: both\ntask: [vtc_scenes, vtc_captions]\n")
+    given = {"include_path": folder, "questions": 2, "timed_samples": 0, "workers": 1}
+    result = sweep(tmp_path / "out", tasks=("vtc_scenes", "vtc_scenes"), **given)
+    assert [row["n"] for row in result.rows] == [2] * CELLS and len(runs) == CELLS
+    assert len(result.samples) == 2 * CELLS
+    message = "tasks: 'vtc_scenes' is asked for by 'vtc_scenes' and by 'both', expected once"
+    # whether or not they are answered already
+    with pytest.raises(OptionError, match=message):
+        sweep(tmp_path / "out", tasks=("vtc_scenes", "both"), **given)
+    sweep(tmp_path / "out", tasks=("both",), **given)
+    with pytest.raises(OptionError, match=message):
+        sweep(tmp_path / "out", tasks=("vtc_scenes", "both"), **given)
+
+
+def test_what_was_written_by_half_is_gone_after_the_next_run(sweep, tmp_path):
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **TEXT).stdout
+    out = tmp_path / "out"
+    halves = [out / at / f".a.json.{ended.strip()}.partial" for at in ("cells", "times", ".")]
+    for half in halves:
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.touch()
+    sweep(out, questions=2)
+    assert not any(half.exists() for half in halves)
 
 
 def test_what_one_of_several_models_refuses_is_a_note(sweep, tmp_path, monkeypatch):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from vtc.errors import InputError, VtcError
+from vtc.errors import InputError, OptionError, VtcError
 from vtc.evaluation import distributed, workers
 from vtc.evaluation.answering import Answering, Samples
 from vtc.evaluation.cells import Cell, left_out, plan, title
@@ -88,8 +88,8 @@ def run(config: SweepConfig) -> SweepResult:
     for the times that were not taken yet.
 
     Raises:
-        OptionError, SignalError: a setting that does not exist, or not on any of the models;
-            before any question is asked.
+        OptionError, SignalError: a setting that does not exist, or not on any of the models, or
+            two tasks that hold the same questions; before any question is asked.
         InputError: the questions of none of the tasks are there.
         SampleError: a question of a cell failed; finished cells stay, no report is written.
         VtcError: the folder cannot be written, the eval extra is missing, a model does not load, a
@@ -108,10 +108,10 @@ def run(config: SweepConfig) -> SweepResult:
         cells = [
             Cell(model, task, compression)
             for model, own in wanted.items()
-            for task in config.tasks
+            for task in dict.fromkeys(config.tasks)
             for compression in own
         ]
-        cells, missing = _with_questions(config, answering, cells)
+        cells, missing = _with_questions(answering, cells)
         missing += _check_blind(answering, cells)
         used = _answer(config, answering, cells)
         samples = _finish(answering, cells)
@@ -119,24 +119,34 @@ def run(config: SweepConfig) -> SweepResult:
         return _report(config, samples, answering, notes, used)
 
 
-def _with_questions(
-    config: SweepConfig, answering: Answering, cells: Sequence[Cell]
-) -> tuple[list[Cell], list[str]]:
+def _with_questions(answering: Answering, cells: Sequence[Cell]) -> tuple[list[Cell], list[str]]:
     """The cells of tasks whose questions are there or not needed, and a sentence for each other."""
     tasks = list(dict.fromkeys(cell.task for cell in cells))
     missing: dict[str, InputError] = {}
+    asked: dict[str, str] = {}
     for task in tasks:
-        own = (cell for cell in cells if cell.task == task)
-        if not config.pictures and all(answering.finished(cell) is not None for cell in own):
-            continue
         try:
-            answering.tasks(task)
+            names = _parts(answering, [cell for cell in cells if cell.task == task])
         except InputError as error:
             missing[task] = error
+            continue
+        for name in names:
+            if (other := asked.setdefault(name, task)) != task:
+                raise OptionError(
+                    f"tasks: {name!r} is asked for by {other!r} and by {task!r}, expected once: "
+                    "its questions would count twice; leave one of them out"
+                )
     if len(missing) == len(tasks):
         raise next(iter(missing.values()))
     left = [cell for cell in cells if cell.task not in missing]
     return left, [f"{task}: not run, because {error}" for task, error in missing.items()]
+
+
+def _parts(answering: Answering, cells: Sequence[Cell]) -> list[str]:
+    """The tasks behind the one of the cells; of finished cells, by what was answered."""
+    if all(answering.finished(cell) is not None for cell in cells):
+        return list(dict.fromkeys(line["task"] for line in answering.finished(cells[0]) or ()))
+    return [task.config.task for task in answering.tasks(cells[0].task)]
 
 
 def _check_blind(answering: Answering, cells: Sequence[Cell]) -> list[str]:
@@ -148,7 +158,8 @@ def _check_blind(answering: Answering, cells: Sequence[Cell]) -> list[str]:
 
 def _answer(config: SweepConfig, answering: Answering, cells: Sequence[Cell]) -> int:
     """Answer, in several processes if that is faster, and say how many."""
-    remove_leftovers(config.out / "cells")
+    for folder in ("cells", "times", "."):
+        remove_leftovers(config.out / folder)
     todo = distributed.agreed([cell for cell in cells if answering.answered(cell) is None])
     count = workers.workers_for(config, answering.models, len(todo))
     if distributed.size() > 1 or count == 1:
@@ -209,13 +220,25 @@ def _report(
     frame = table.samples_frame((cell.model, cell.compression, found) for cell, found in samples)
     rows, summary = table.tables(frame)
     ranked = ranking(frame, summary)
-    result = SweepResult(rows, summary, ranked, config.out, tuple(notes), frame)
     names = dict.fromkeys(cell.task for cell, _ in samples) if config.pictures else ()
-    tasks = [task for name in names for task in answering.tasks(name)]
+    tasks, unseen = _with_pictures(answering, names)
+    result = SweepResult(rows, summary, ranked, config.out, (*notes, *unseen), frame)
     machine = {**environment(), "workers": str(used)}
     if distributed.is_first():
         write_outputs(config, result, answering.models, tasks, machine)
     return result
+
+
+def _with_pictures(answering: Answering, names: Iterable[str]) -> tuple[list[Any], list[str]]:
+    """Tasks to show pictures of, and a sentence for each whose questions are gone by now: what
+    was answered is reported all the same."""
+    found, notes = [], []
+    for name in names:
+        try:
+            found += answering.tasks(name)
+        except InputError as error:
+            notes.append(f"{name}: no pictures, because {error}")
+    return found, notes
 
 
 def _include(config: SweepConfig) -> Path | None:
