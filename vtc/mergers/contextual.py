@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 
 from vtc import ops
 from vtc.dispatch import constant
-from vtc.errors import OptionError
+from vtc.errors import OptionError, SignalError
 from vtc.mergers.nearest import means, nearest
 from vtc.selectors.base import Selector, checked_scores, selection_of
+from vtc.sites import Facts
 from vtc.types import CLS_FEATURES, Selection, Signal, Tokens, round_half_up
 
 _FEATURES = Signal("encoder_features", ends_at_tap=True)
@@ -31,13 +32,13 @@ class Contextual(Selector):
 
     Args:
         share: of contextual slots.
-        sends_cls: whether a [CLS] is the first dominant one.
+        cls: whether a [CLS] is the first dominant one; None: where the model can take it.
         metric: the signal whose vectors are compared.
     """
 
     name: ClassVar[str] = "contextual"
     share: float = 10 / 64
-    sends_cls: bool = False
+    cls: bool | None = None
     metric: Signal = Signal("mean_keys", ends_at_tap=True)
 
     def __post_init__(self) -> None:
@@ -47,14 +48,24 @@ class Contextual(Selector):
     @property
     def needs(self) -> tuple[Signal, ...]:
         """What is compared and what is summed."""
-        return (self.metric, _FEATURES, *((_CLS,) if self.sends_cls else ()))
+        return (self.metric, _FEATURES, *((_CLS,) if self.cls else ()))
+
+    def on(self, facts: Facts) -> Contextual:
+        """With [CLS] where the model can take it; raises `SignalError` if it has to and cannot."""
+        can = facts.has_cls and facts.projects and not facts.tiled
+        if self.cls and not can:
+            raise SignalError(
+                f"{self.name} got cls=True, expected a model whose images are one crop of an "
+                "encoder with [CLS] and whose projector takes it, such as LLaVA-1.5: leave cls out"
+            )
+        return self if self.cls is not None else replace(self, cls=can)
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
         """Choose and merge; raises `VtcError` on missing or NaN scores."""
         scores, valid = checked_scores(self.name, tokens, scores), tokens.valid
         behind = torch.tensor([round_half_up(t * self.share) for t in counts.tolist()]).long()
-        behind = behind.minimum(counts - int(self.sends_cls))
-        dominant = counts - behind - int(self.sends_cls)
+        behind = behind.minimum(counts - int(bool(self.cls)))
+        dominant = counts - behind - int(bool(self.cls))
         keep, keep_valid = ops.group_topk(scores, valid, dominant)
         rest = valid & ~ops.topk_mask(scores, valid, constant(dominant, valid.device))
         target, rank = self._targets(tokens, rest, behind, dominant)
@@ -74,7 +85,7 @@ class Contextual(Selector):
         chosen = replace(
             selection_of(tokens, keep, keep_valid, scores), positions=positions, merged="encoder"
         )
-        if self.sends_cls:
+        if self.cls:
             chosen, slot = _with_cls(chosen), (slot + 1).masked_fill(weight == 0, 0)
         return replace(chosen, merge=(slot, place.masked_fill(weight == 0, 0), weight))
 

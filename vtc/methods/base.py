@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_type_hints
 
+import torch
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
@@ -76,6 +77,13 @@ class Method:
         object.__setattr__(self, "scorer", self._swap(self.scorer, SCORERS, "scorer"))
         object.__setattr__(self, "selector", self._swap(self.selector, SELECTORS, "selector"))
         self._check_parts()
+
+    def expect(self, holds: bool, expected: str, *options: str) -> None:
+        """Raise `OptionError` that says what these options are and what was `expected`, unless it
+        `holds`."""
+        if not holds:
+            got = ", ".join(f"{option}={getattr(self, option)!r}" for option in options)
+            raise OptionError(f"method {self.name!r} got {got}, expected {expected}")
 
     def _swap(self, given: Any, table: dict[str, Any], what: str) -> Any:
         if not isinstance(given, str):
@@ -188,11 +196,16 @@ class Method:
         return (Step(self, budget),)
 
     def on(self, facts: Facts) -> Method:
-        """The method as it decides on such a model: itself, unless it must know the model then."""
-        if not isinstance(self.scorer, Scorer):
+        """The method as it decides on such a model: itself, unless a part must know the model."""
+        if not self._composed:
             return self
-        scorer = self.scorer.on(facts)
-        return self if scorer is self.scorer else replace(self, scorer=scorer)
+        known: dict[str, Any] = {}
+        selector, scorer = self.active_selector, self.active_scorer
+        if (found := selector.on(facts)) is not selector:
+            known["selector"] = found
+        if scorer and selector.uses_scores and (told := scorer.on(facts)) is not scorer:
+            known["scorer"] = told
+        return replace(self, **known) if known else self
 
     def check_lengths(self, lengths: tuple[int, ...]) -> None:
         """Raise `InputError` where it cannot decide over images of so many tokens."""
@@ -247,7 +260,10 @@ class Method:
         return False
 
     def counts(self, tokens: Tokens, scores: Tensor | None, budget: Budget) -> Tensor:
-        """How many tokens of each group the selector is asked for, `int64[G]` on the CPU."""
+        """How many tokens of each group the selector is asked for, `int64[G]` on the CPU; all, of
+        one that counts by itself."""
+        if budget.keep is None and self.active_selector.count == "adaptive":
+            return torch.tensor(tokens.lengths)
         return budget.counts(tokens.lengths, tokens.parent)
 
     def select(self, tokens: Tokens, budget: Budget) -> Selection:

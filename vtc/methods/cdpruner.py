@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from vtc.methods.base import Method
 from vtc.scorers import Scorer, TextRelevance
 from vtc.scorers.clip_relevance import ClipRelevance
 from vtc.selectors import ByRow, DppMap, Selector
-from vtc.sites import Facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +47,9 @@ class CdPruner(Method):
     tokenizer: str | None = None
     faithful: bool = False
 
-    def on(self, facts: Facts) -> Method:
-        """With the tokenizer of the model, where one is needed."""
-        known = super().on(facts)
-        if self.clip is None or self.tokenizer is not None:
-            return known
-        return replace(known, tokenizer=facts.name)  # type: ignore[call-arg]
-
     def default_scorer(self) -> Scorer:
         """Relevance to the text."""
-        if self.clip is None:
-            return TextRelevance()
-        return ClipRelevance(self.clip, self.tokenizer or "")
+        return ClipRelevance(self.clip, self.tokenizer) if self.clip else TextRelevance()
 
     def default_selector(self) -> Selector:
         """The greedy determinantal point process."""

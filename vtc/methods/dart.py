@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vtc.errors import OptionError, VtcError
+from vtc.errors import VtcError
 from vtc.methods.layer_cuts import LayerCuts, cut_before
 from vtc.scorers.layer_rows import asked_text
 from vtc.selectors.opposed import even_quotas, largest, opposed
@@ -56,11 +56,9 @@ class Dart(LayerCuts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1 or self.image_pivots < 1 or self.text_pivots < 0:
-            raise OptionError(
-                f"method {self.name!r} got layer={self.layer}, image_pivots={self.image_pivots}, "
-                f"text_pivots={self.text_pivots}, expected at least 1, 1 and 0"
-            )
+        self.expect(self.layer >= 1, "at least 1", "layer")
+        self.expect(self.image_pivots >= 1, "at least 1", "image_pivots")
+        self.expect(self.text_pivots >= 0, "at least 0", "text_pivots")
 
     @property
     def _composed(self) -> bool:

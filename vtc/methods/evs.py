@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.errors import OptionError
 from vtc.methods.base import Method
 from vtc.scorers import FrameChange, Scorer
 from vtc.selectors import Count, Selector, TopK
@@ -45,8 +44,7 @@ class Evs(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.q <= 1:
-            raise OptionError(f"method {self.name!r} got q={self.q}, expected a share in [0, 1]")
+        self.expect(0 <= self.q <= 1, "a share in [0, 1]", "q")
 
     def default_scorer(self) -> Scorer:
         """The change since the frame before."""

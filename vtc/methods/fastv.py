@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtc.errors import OptionError
 from vtc.methods.layer_cuts import LayerCuts, cut_before
 from vtc.scorers import LastRow, Scorer
 from vtc.sites import Facts
@@ -47,11 +46,8 @@ class FastV(LayerCuts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 1:
-            raise OptionError(
-                f"method {self.name!r} got k={self.k}, expected at least 1: no attention is known "
-                "before layer 0; method 'random' drops without one"
-            )
+        why = "no attention is known before layer 0; method 'random' drops without one"
+        self.expect(self.k >= 1, f"at least 1: {why}", "k")
 
     def default_scorer(self) -> Scorer:
         """Attention of the last entry."""

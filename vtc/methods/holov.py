@@ -35,7 +35,7 @@ class HoloV(Method):
 
     name: ClassVar[str] = "holov"
     summary: ClassVar[str] = (
-        "windows share by attention and variance, each by the attention of [CLS]"
+        "windows share by attention of [CLS] and variance, choose by the first"
     )
     bibtex: ClassVar[str] = """@inproceedings{zou2025holov,
   title={Don't Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context

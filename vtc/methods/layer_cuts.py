@@ -169,6 +169,11 @@ def cut_behind(layer: int, facts: Facts) -> int:
     return max(scale_layer(layer, PUBLISHED_DEPTH, facts.llm_depth), facts.first_layer_cut)
 
 
+def rising(layers: Sequence[int], least: int) -> bool:
+    """Whether these are numbers of layers, at least one of them, from `least` on and ascending."""
+    return bool(layers) and layers[0] >= least and all(a < b for a, b in pairwise(layers))
+
+
 def interpolated(published: Sequence[Sequence[int]], n: int, share: float) -> tuple[float, ...]:
     """Of counts published for a few budgets of `n` tokens, those of another, as shares.
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.errors import OptionError, SignalError, VtcError
+from vtc.errors import SignalError, VtcError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.methods.layer_cuts import cut_before
 from vtc.selectors import Count
@@ -66,12 +66,9 @@ class Pact(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1 or not 0 <= self.importance < 1 or self.cutoff < 0 or self.reach < 1:
-            raise OptionError(
-                f"method {self.name!r} got layer={self.layer}, importance={self.importance}, "
-                f"cutoff={self.cutoff}, reach={self.reach}, expected layer and reach of at least "
-                "1, importance in [0, 1) and a cutoff of at least 0"
-            )
+        self.expect(self.layer >= 1 and self.reach >= 1, "at least 1 each", "layer", "reach")
+        self.expect(0 <= self.importance < 1, "a share in [0, 1)", "importance")
+        self.expect(self.cutoff >= 0, "a distance of at least 0", "cutoff")
 
     def check_facts(self, facts: Facts) -> None:
         """A layer behind the cut."""

@@ -5,14 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from vtc.methods.base import Method
 from vtc.scorers import ClsAttention, Scorer
 from vtc.scorers.cls_attention import AT_TAP
 from vtc.selectors import ByRow, Count, Selector, TokenSets
-from vtc.types import Budget, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +52,3 @@ class Paint(Method):
     def default_selector(self) -> Selector:
         """The sets of each crop."""
         return ByRow(TokenSets(share=self.local_share, sets=self.sets))
-
-    def counts(self, tokens: Tokens, scores: Tensor | None, budget: Budget) -> Tensor:
-        """As many as there are: the sets count themselves."""
-        return torch.tensor(tokens.lengths)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from vtc.errors import OptionError, VtcError
+from vtc.errors import VtcError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.selectors import Count
 from vtc.selectors.predicted import unpredicted
@@ -54,8 +54,7 @@ class PixelPrune(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tau >= 0:
-            raise OptionError(f"method {self.name!r} got tau={self.tau}, expected at least 0")
+        self.expect(self.tau >= 0, "at least 0", "tau")
 
     def encoder_blocks(self, facts: Facts) -> tuple[int, ...]:
         """In front of the first block."""

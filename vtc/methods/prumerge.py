@@ -5,38 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from vtc.mergers import Neighbors
 from vtc.methods.base import Exactness, Method
 from vtc.scorers import ClsAttention, Scorer
 from vtc.selectors import ByRow, Count, Selector
-from vtc.types import Budget, Signal, Tokens
-
-_BIBTEX = """@inproceedings{shang2025prumerge,
-  title={LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models},
-  author={Shang, Yuzhang and Cai, Mu and Xu, Bingxin and Lee, Yong Jae and Yan, Yan},
-  booktitle={IEEE/CVF International Conference on Computer Vision},
-  year={2025}
-}"""
+from vtc.types import Signal
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruMerge(Method):
-    """LLaVA-PruMerge (Shang et al., ICCV 2025, arXiv 2403.15388; official code
-    42Shawn/LLaVA-PruMerge).
+    """LLaVA-PruMerge (Shang et al., ICCV 2025, arXiv 2403.15388; code 42Shawn/LLaVA-PruMerge).
 
     a `[N]`: the [CLS] row of softmax(q·kᵀ/√width) in the last block (23 of 24), all heads as one.
     Kept are as many of the highest a as lie above Q3 + 1.5·IQR, at least one. Each becomes itself
     plus Σ a·x over the 32 others whose keys are most like its own by cosine, not normalized; one
-    token more, behind, is Σ a·x over all that are dropped. x are features before the projector.
-    Every crop by itself; how many are kept is the method's own affair, see `report()`.
+    token more, behind, is Σ a·x over all that are dropped. x are features before the projector, or
+    tokens behind it where it joins several patches (Qwen-VL, InternVL) or they are pooled there
+    (LLaVA-OneVision). Every crop by itself; how many are kept is the method's affair, see
+    `report()`. The official code sends them by falling a, here they stand in raster order; it
+    renumbers positions.
 
-    Where the projector joins several patches (Qwen-VL, InternVL), or tokens are pooled behind it
-    (LLaVA-OneVision), sums are of tokens behind it. Without [CLS], which the paper does not treat:
-    the attention that a patch receives, the mean over heads and queries. The official code sends
-    kept tokens by falling a, here they stand in raster order; it renumbers positions.
+    Without [CLS], which the paper does not treat: the attention that a patch receives, the mean
+    over heads and queries.
 
     Args:
         nearest: others that a kept token takes in, 32 in the official code.
@@ -46,7 +36,12 @@ class PruMerge(Method):
     summary: ClassVar[str] = "outliers of the [CLS] row, with what is like them merged in"
     count: ClassVar[Count] = "adaptive"
     exactness: ClassVar[Exactness] = "restatement"
-    bibtex: ClassVar[str] = _BIBTEX
+    bibtex: ClassVar[str] = """@inproceedings{shang2025prumerge,
+  title={LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models},
+  author={Shang, Yuzhang and Cai, Mu and Xu, Bingxin and Lee, Yong Jae and Yan, Yan},
+  booktitle={IEEE/CVF International Conference on Computer Vision},
+  year={2025}
+}"""
     stride: ClassVar[bool] = False
 
     nearest: int = 32
@@ -58,10 +53,6 @@ class PruMerge(Method):
     def default_selector(self) -> Selector:
         """Outliers and their neighbors of each crop."""
         return ByRow(Neighbors(self.nearest, self.stride))
-
-    def counts(self, tokens: Tokens, scores: Tensor | None, budget: Budget) -> Tensor:
-        """As many as there are: outliers count themselves."""
-        return torch.tensor(tokens.lengths)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,28 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtc.errors import OptionError
-from vtc.methods.layer_cuts import LayerCuts, cut_before
+from vtc.methods.layer_cuts import LayerCuts, cut_before, rising
 from vtc.scorers import LastRow, Scorer
 from vtc.sites import Facts
 
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(LayerCuts):
-    """PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247; official code
-    Cooperx521/PyramidDrop).
+    """PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247; code Cooperx521/PyramidDrop).
 
     Once 8, 16 and 24 of 32 layers have run, the queries and keys of the next layer are projected
     from the hidden states, positions applied; with the last entry of the prompt as the query, its
-    softmax over everything before it is averaged over heads, and of N tokens of an image the
-    N·λ^s highest scored of those that are left stay behind stage s, in order: λ = 0.5 as
-    published (an average of 270 of 576 tokens). Here keep = λ³, so that the published setting is
-    `keep=0.125`; `budget="layer_mean"` finds the λ of an average.
+    softmax over everything before it is averaged over heads, and of N tokens of an image the N·λ^s
+    highest of those that are left stay behind stage s, in order: λ = 0.5 as published (270 of 576
+    tokens on average). Here keep = λ³: 0.125 as published. `budget="layer_mean"` finds the λ of an
+    average.
 
-    Code and paper: the code renumbers positions at every stage and moves those of later steps
-    likewise; here positions between layers are kept. The official counts are rounded down. Rows of
-    tables with fewer than a quarter of all tokens on average use other people's schedules: pass
-    `layers`.
+    Code and paper: the code renumbers positions at every stage, in later steps too, and rounds
+    counts down; here positions between layers are kept. Rows of tables with less than a quarter of
+    all tokens on average use other people's schedules: pass `layers`.
 
     Args:
         layers: how many layers have run at each stage, of 32 and scaled to others.
@@ -48,11 +45,7 @@ class PyramidDrop(LayerCuts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.layers or list(self.layers) != sorted({*self.layers}) or self.layers[0] < 1:
-            raise OptionError(
-                f"method {self.name!r} got layers={self.layers}, expected ascending numbers from 1 "
-                "on: how many layers have run at each stage"
-            )
+        self.expect(rising(self.layers, 1), "ascending numbers of layers from 1 on", "layers")
 
     def default_scorer(self) -> Scorer:
         """Attention of the last entry in the layer behind the cut."""
@@ -64,5 +57,4 @@ class PyramidDrop(LayerCuts):
 
     def shares(self, share: float) -> tuple[float, ...]:
         """λ, λ², λ³."""
-        stages = len(self.layers)
-        return tuple(share ** (stage / stages) for stage in range(1, stages + 1))
+        return tuple(share ** (s / len(self.layers)) for s in range(1, len(self.layers) + 1))

@@ -9,9 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.errors import OptionError, VtcError
+from vtc.errors import VtcError
 from vtc.methods.base import Exactness
-from vtc.methods.layer_cuts import LayerCuts, cut_behind, interpolated
+from vtc.methods.layer_cuts import LayerCuts, cut_behind, interpolated, rising
 from vtc.scorers import RaterRows, Scorer
 from vtc.scorers.layer_signals import seen_tokens
 from vtc.selectors.density_peaks import density_peaks
@@ -70,10 +70,7 @@ class SparseVlm(LayerCuts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if list(self.layers) != sorted({*self.layers}) or self.layers[0] < 0:
-            raise OptionError(
-                f"method {self.name!r} got layers={self.layers}, expected three ascending numbers"
-            )
+        self.expect(rising(self.layers, 0), "three ascending numbers", "layers")
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]  # the rest only reads it

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from vtc.errors import SignalError
 from vtc.mergers import Contextual
 from vtc.methods.base import Exactness, Method
 from vtc.scorers import ClsAttention, Scorer
 from vtc.scorers.cls_attention import AT_TAP
 from vtc.selectors import ByRow, Selector
-from vtc.sites import Facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +24,14 @@ class VisionZip(Method):
     the dominant ones. Every crop by itself, T shared by largest remainder.
 
     [CLS] counts toward `keep`, has index −1 and stands in front of its image. It is sent where the
-    projector takes it and an image is one crop (LLaVA-1.5 with CLIP); elsewhere a patch takes its
-    place. Where the projector joins several patches (Qwen-VL, InternVL), or tokens are pooled
-    behind it (LLaVA-OneVision), sums are of tokens behind it, as in the official code for
-    Qwen2.5-VL; keys are the mean over the patches of a token, with rotary positions. Without [CLS]:
-    the attention that a patch receives, the mean over all queries, as there.
+    projector takes it and an image is one crop (LLaVA-1.5 with CLIP); else a patch takes its place.
+    Where the projector joins several patches (Qwen-VL, InternVL), or tokens are pooled behind it
+    (LLaVA-OneVision), sums are of tokens behind it, as in the official code for Qwen2.5-VL; keys
+    are the mean over a token's patches, with rotary positions. Without [CLS]: the attention that a
+    patch receives, the mean over all queries, as there.
 
-    Published: 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30 tokens: 10 of 64 are contextual. The
-    official code drops newline tokens in LLaVA-NeXT; here those of rows of kept tokens stay. It
-    renumbers positions.
+    Published: 64 = 54 + 10, 128 = 108 + 20, 192 = 162 + 30 tokens. The official code drops newline
+    tokens in LLaVA-NeXT, here those of rows of kept tokens stay; it renumbers positions.
 
     Args:
         contextual: the share of contextual tokens, 10/64 in the README.
@@ -54,21 +51,10 @@ class VisionZip(Method):
     contextual: float = 10 / 64
     cls: bool | None = None
 
-    def on(self, facts: Facts) -> Method:
-        """With [CLS] where the model can take it."""
-        can = facts.has_cls and facts.projects and not facts.tiled
-        if self.cls and not can:
-            raise SignalError(
-                f"method {self.name!r} got cls=True, expected a model whose images are one crop of "
-                "an encoder with [CLS] and whose projector takes it, such as LLaVA-1.5: leave cls "
-                "out"
-            )
-        return replace(super().on(facts), cls=can if self.cls is None else self.cls)  # type: ignore[call-arg]
-
     def default_scorer(self) -> Scorer:
         """Attention of [CLS]."""
         return ClsAttention(AT_TAP)
 
     def default_selector(self) -> Selector:
         """Dominant and contextual tokens of each crop."""
-        return ByRow(Contextual(self.contextual, bool(self.cls)))
+        return ByRow(Contextual(self.contextual, self.cls))

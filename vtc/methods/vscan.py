@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vtc.errors import OptionError
 from vtc.methods.base import Exactness, Site
 from vtc.methods.layer_cuts import LayerCuts, cut_before
 from vtc.scorers import ClsAttention, LastRow, Scorer
@@ -72,11 +71,7 @@ class VScan(LayerCuts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1 or self.ratio < 1:
-            raise OptionError(
-                f"method {self.name!r} got layer={self.layer} and ratio={self.ratio}, expected at "
-                "least 1 each"
-            )
+        self.expect(self.layer >= 1 and self.ratio >= 1, "at least 1 each", "layer", "ratio")
 
     @property
     def needs(self) -> tuple[Signal, ...]:

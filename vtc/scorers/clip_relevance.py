@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from vtc.errors import OptionError, SignalError
 from vtc.scorers.base import Scorer
+from vtc.sites import Facts
 from vtc.types import TEXT, Signal, Tokens
 
 _FEATURES = Signal("encoder_features", ends_at_tap=True)
@@ -29,17 +30,21 @@ class ClipRelevance(Scorer):
 
     Args:
         folder: of the CLIP model that the vision tower is from.
-        tokenizer: folder of the LLM's tokenizer.
+        tokenizer: folder of the LLM's tokenizer; None: that of the model.
     """
 
     name: ClassVar[str] = "clip_relevance"
     folder: str
-    tokenizer: str
+    tokenizer: str | None = None
 
     @property
     def needs(self) -> tuple[Signal, ...]:
         """The text and the encoder's features."""
         return (Signal(TEXT), _FEATURES)
+
+    def on(self, facts: Facts) -> ClipRelevance:
+        """With the tokenizer of the model, where none is given."""
+        return self if self.tokenizer is not None else replace(self, tokenizer=facts.name)
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """Scores `float32[G, N]`."""
@@ -49,7 +54,7 @@ class ClipRelevance(Scorer):
                 "the processor's output"
             )
         v = tokens.signal(_FEATURES.key)
-        clip, tokenizer, words = _loaded(self.folder, self.tokenizer, v.device)
+        clip, tokenizer, words = _loaded(self.folder, self.tokenizer or "", v.device)
         width = clip.vision_model.post_layernorm.weight.shape[0]
         if v.shape[-1] != width:
             raise OptionError(

@@ -67,7 +67,7 @@ class SinkFilter(Scorer):
         dims = self.dims
         if dims is None or dims:
             dims = sink_dims(dims, self.calibration, facts, self.name)
-        return replace(self, dims=dims)
+        return replace(self, dims=dims, scorer=self.scorer and self.scorer.on(facts))
 
     def __call__(self, tokens: Tokens) -> Tensor:
         """Scores `float32[G, N]`."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from vtc.checks import require_none
 from vtc.dispatch import constant
 from vtc.errors import VtcError
+from vtc.sites import Facts
 from vtc.types import Selection, Signal, Tokens
 
 Count = Literal["exact", "at_most", "adaptive"]
@@ -35,6 +36,10 @@ class Selector(ABC):
     def needs(self) -> tuple[Signal, ...]:
         """Signals read by `__call__`, scores aside."""
         return ()
+
+    def on(self, facts: Facts) -> Selector:
+        """The selector as it chooses on such a model: itself, unless it must know the model."""
+        return self
 
     @abstractmethod
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:

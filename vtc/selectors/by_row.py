@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vtc.dispatch import constant
 from vtc.selectors.base import Count, Selector
 from vtc.selectors.top_k import TopK
+from vtc.sites import Facts
 from vtc.types import ENCODER_ROW, VECTORS, Selection, Signal, Tokens, largest_remainder
 
 Grid = tuple[int, int, int]
@@ -200,6 +201,11 @@ class ByRow(Selector):
     def needs(self) -> tuple[Signal, ...]:
         """The crop, tile or frame of each token, and what the other selector reads."""
         return (Signal(ENCODER_ROW), *self.of.needs)
+
+    def on(self, facts: Facts) -> ByRow:
+        """With what decides as it does on such a model."""
+        known = self.of.on(facts)
+        return self if known is self.of else replace(self, of=known)
 
     def __call__(self, tokens: Tokens, scores: Tensor | None, counts: Tensor) -> Selection:
         """Choose."""
