@@ -19,8 +19,11 @@ from vtc.evaluation.store import Cells
 
 if TYPE_CHECKING:
     from vtc.evaluation.config import SweepConfig
+    from vtc.runtime.encodings import Encodings
 
 Samples = list[dict[str, Any]]
+# bytes of what encoders gave, held by all processes of a sweep together
+_HELD = 2**32
 # of settings, those that a time does not depend on: each timed question runs alone
 _NOT_OF_TIMES = ("questions", "metric", "batch_size")
 
@@ -33,6 +36,7 @@ class Answering:
         models: of the sweep.
         include: folder of task files, or None.
         fingerprints: of each model, as the first process found them; None: this is the first.
+        share: of the memory that is for what encoders gave.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Answering:
         models: Models,
         include: Path | None,
         fingerprints: Mapping[str, dict[str, str]] | None = None,
+        share: float = 1.0,
     ) -> None:
         self.config, self.models, self.include = config, models, include
         # code and data may be edited while a sweep runs
@@ -50,6 +55,8 @@ class Answering:
         self._stores: dict[tuple[str, bool], Cells] = {}
         self._tasks: dict[str, list[Any]] = {}
         self._flops: dict[tuple[Any, ...], int] = {}
+        self._limit = int(_HELD * share)
+        self._encodings: tuple[str, Encodings] | None = None
 
     def tasks(self, name: str) -> list[Any]:
         """The tasks behind a name, loaded when they are needed first.
@@ -103,7 +110,12 @@ class Answering:
 
         with _named(cell), quiet():
             config = self.config
-            model = self._model(cell, batch_size=config.batch_size, record_left=True)
+            model = self._model(
+                cell,
+                batch_size=config.batch_size,
+                record_left=True,
+                encodings=self._encoded(cell.model),
+            )
             results = evaluate(model, self.tasks(cell.task), config.questions)
             if not results:
                 return
@@ -182,6 +194,17 @@ class Answering:
             if key not in self._flops:
                 self._flops[key] = flops(model, task)
             next(line for line in found if line["task"] == name)["flops"] = self._flops[key]
+
+    def _encoded(self, model: str) -> Encodings | None:
+        """What the encoder of a model gave in earlier cells; None on a GPU, whose memory is for
+        larger models. Cells come model by model."""
+        from vtc.runtime.encodings import Encodings
+
+        if self.models[model].model.device.type != "cpu":
+            return None
+        if self._encodings is None or self._encodings[0] != model:
+            self._encodings = model, Encodings(self._limit)
+        return self._encodings[1]
 
     def _model(self, cell: Cell, **arguments: Any) -> Any:
         from vtc.evaluation.model import Vtc

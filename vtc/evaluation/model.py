@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,9 @@ from vtc.evaluation.loading import Loaded, load
 from vtc.evaluation.measure import Numbers, SampleCounts, means, token_numbers
 from vtc.evaluation.visuals import Visuals, evidence, for_processor, numbered, visuals_of
 
+if TYPE_CHECKING:
+    from vtc.runtime.encodings import Encodings
+
 _LOADING = ("device", "device_map", "dtype", "revision", "trust_remote_code", "attn_implementation")
 
 
@@ -45,6 +48,8 @@ class Vtc(lmms):  # type: ignore[misc]
         timed_samples: with batches, so many samples are still run alone, to be timed. Times are
             never those of a batch; the first sample is run twice and timed the second time.
         record_left: whether a sample's counts hold which of its tokens were left.
+        encodings: what the model's encoder gave for questions asked before, if it need not run
+            over their pictures again; without `timed_samples`.
         use_cache: as `generate` takes it.
         max_batch_size: accepted because lmms-eval passes it; not used.
         arguments: `device`, `device_map`, `dtype`, `revision`, `trust_remote_code` and
@@ -67,6 +72,7 @@ class Vtc(lmms):  # type: ignore[misc]
         batch_size: int | str = 1,
         timed_samples: int = 12,
         record_left: bool = False,
+        encodings: Encodings | None = None,
         use_cache: bool = True,
         max_batch_size: int | str | None = None,
         **arguments: Any,
@@ -77,7 +83,7 @@ class Vtc(lmms):  # type: ignore[misc]
         self.batch_size = _whole("batch_size", batch_size, least=1)
         self.timed_samples = _whole("timed_samples", timed_samples, least=0)
         self.use_cache = use_cache
-        self.record_left = record_left
+        self.record_left, self.encodings = record_left, encodings
         self._loaded: Loaded | None = None
         self._shared = isinstance(pretrained, Loaded)
         self._loaded = pretrained if isinstance(pretrained, Loaded) else load(pretrained, **loading)
@@ -125,6 +131,8 @@ class Vtc(lmms):  # type: ignore[misc]
         failed, first, start = 0, None, time.perf_counter()
         bar = tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0)
         with self.compression.patch(self.loaded.model) as handle:
+            if self.encodings is not None:
+                handle.recall(self.encodings)
             if self.timed_samples or self.batch_size == 1:
                 self.warm_up([request.args for request in requests[:1]], handle)
             for indices in self._batches(requests):

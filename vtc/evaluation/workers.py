@@ -75,7 +75,7 @@ def answer_all(
 
     threads = max(1, cores() // workers)
     given = (answering.config, sources, answering.include, answering.fingerprints)
-    start = (given, threads, os.getpid())
+    start = (given, threads, workers, os.getpid())
     pool = ProcessPoolExecutor(workers, initializer=_start, initargs=start, env=_ENVIRONMENT)
     finished = False
     try:
@@ -93,7 +93,7 @@ def answer_all(
         pool.shutdown(kill_workers=not finished)
 
 
-def _start(given: tuple[Any, ...], threads: int, parent: int) -> None:
+def _start(given: tuple[Any, ...], threads: int, workers: int, parent: int) -> None:
     global _answering
     # an interrupt from the keyboard goes to all; the first process ends the others
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -103,7 +103,7 @@ def _start(given: tuple[Any, ...], threads: int, parent: int) -> None:
 
     config, sources, include, fingerprints = given
     models = Models(sources, config.device, config.dtype)
-    _answering = Answering(config, models, include, fingerprints)
+    _answering = Answering(config, models, include, fingerprints, share=1 / workers)
 
 
 def _end_with(parent: int) -> None:

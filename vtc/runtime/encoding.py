@@ -73,6 +73,13 @@ def stock_inputs(
     """What the stock base model would feed its language model, which is not run."""
     names = inspect.signature(session.adapter.base.forward).parameters
     given = {k: v for k, v in inputs.items() if k in names and v is not None}
+    encodings = None if session.tower.cutting(images, session.budget) else session.encodings
+    if encodings is not None:
+        encoding = encodings.find(given, session.tower.signals.needed)
+        if encoding is not None:
+            session.recall(images, inputs, encoding.found)
+            clock.mark("encoded")
+            return dict(encoding.kwargs)
 
     def stop(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         raise _Captured(kwargs)
@@ -85,6 +92,8 @@ def stock_inputs(
             session.adapter.base(**given)
     except _Captured as captured:
         clock.mark("encoded")
+        if encodings is not None:
+            encodings.add(given, captured.kwargs, session.tower.signals.found)
         return captured.kwargs
     finally:
         hook.remove()

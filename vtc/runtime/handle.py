@@ -18,6 +18,7 @@ from vtc.errors import OptionError, PatchError, UnsupportedModeError
 from vtc.methods.base import Method, Positions
 from vtc.methods.registry import method as build_method
 from vtc.plans import LayerPlan
+from vtc.runtime.encodings import Encodings
 from vtc.runtime.fast import Fast, checked
 from vtc.runtime.forward import ForwardSeam
 from vtc.runtime.generate import GenerateSeam
@@ -123,6 +124,15 @@ class Handle:
             OptionError: `keep` is out of range, or the method takes none.
         """
         self._session.set_budget(self.method.check_keep(keep))
+
+    def recall(self, encodings: Encodings) -> None:
+        """Do not encode again what is among the encodings, and add what is not.
+
+        For one who asks many methods the same questions of one model. What is cut inside the
+        encoder, and what is resized before it, is encoded each time. Times in the report are then
+        not those of the encoder.
+        """
+        self._session.encodings = encodings
 
     def remove(self) -> None:
         """Undo the patch; doing it twice is fine. Reports and selections stay readable.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from math import isqrt
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ class RowLayout(Layout):
 
     @property
     def _side(self) -> int:
-        side = round(self.total**0.5)
+        side = isqrt(self.total)
         if side * side != self.total:
             raise UnsupportedModeError(
                 f"rows of {self.total} patches were to be seen as squares, expected square crops: "

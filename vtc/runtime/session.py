@@ -42,6 +42,7 @@ from vtc.runtime.tower import Inside, Tower, facts_of
 from vtc.types import Budget, Selection, Signal
 
 if TYPE_CHECKING:
+    from vtc.runtime.encodings import Encodings
     from vtc.runtime.fast import Fast
     from vtc.runtime.fast_encoder import Encoded
 
@@ -99,6 +100,7 @@ class Session:
         prompt: what the stock language model gets of the call under way, its mask and position ids;
             None behind a cache.
         fast: what is captured, or None.
+        encodings: what the encoder gave in earlier calls, for those that come again; or None.
         encoded: what a captured encoder gave in the call under way.
         kernels: which implementation of tensor operations is asked for.
         ran: which of them ran in the last call, by operation.
@@ -128,6 +130,7 @@ class Session:
         self.last: Call | None = None
         self.fast: Fast | None = None
         self.encoded: Encoded | None = None
+        self.encodings: Encodings | None = None
         self.kernels, self.ran = "auto", dict[str, str]()
         self.checks = Deferred()
 
@@ -323,6 +326,13 @@ class Session:
         self.method.check_lengths(images.lengths)
         with self.tower.recording(images, inputs, self.budget, self.seed, masked):
             yield
+
+    def recall(
+        self, images: Images, inputs: Mapping[str, Any], found: Mapping[Any, list[Tensor]]
+    ) -> None:
+        """In place of `recording`: the encoder ran over the same pixels before, and left this."""
+        self.method.check_lengths(images.lengths)
+        self.tower.recall(images, inputs, found)
 
     def decide(self, images: Images, features: Tensor, inputs: Mapping[str, Any]) -> Selection:
         """Run the method, step by step, on padded groups of tokens `[G, N, D]`."""

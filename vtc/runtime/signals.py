@@ -3,7 +3,7 @@ keys and features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -99,6 +99,26 @@ class EncoderSignals:
         """The encoder blocks whose output is read."""
         read = [w for s, w in self.windows.items() if self.kinds[s] in _OUTPUTS]
         return tuple(sorted({b for window in read for b in window}))
+
+    @property
+    def needed(self) -> set[tuple[int, str]]:
+        """What `read` goes by: blocks and kinds."""
+        return {
+            (block, kind)
+            for signal, kind in self.kinds.items()
+            if kind != "random_row"
+            for block in self.windows[signal]
+        }
+
+    @property
+    def found(self) -> dict[tuple[int, str], list[Tensor]]:
+        """What the runs of the tower left, by block and kind."""
+        return self._found
+
+    def recall(self, found: Mapping[tuple[int, str], list[Tensor]]) -> None:
+        """Take what runs over the same pixels left, instead of running once more."""
+        self.clear()
+        self._found.update(found)
 
     @property
     def draws(self) -> tuple[Signal, ...]:

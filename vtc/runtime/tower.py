@@ -165,6 +165,14 @@ class Tower:
                 stack.callback(self.adapter.tower.register_forward_hook(behind).remove)
             yield
 
+    def recall(
+        self, images: Images, inputs: Mapping[str, Any], found: Mapping[Any, list[Tensor]]
+    ) -> None:
+        """In place of `recording`: take what an uncut run over the same pixels left."""
+        self._runs = runs_of(self.adapter, self.encoder, images.visuals, inputs)
+        self.clear_cuts()
+        self.signals.recall(found)
+
     def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         self.signals.see(block, query, key, scale)
 
