@@ -1,10 +1,15 @@
 """The pictures of the report show what the scored runs kept."""
 
+import shutil
+
 import pytest
+from PIL import Image
 
 import vtc
 from vtc import viz
 from vtc.evaluation import pictures, table
+from vtc.evaluation.evaluate import load_tasks, quiet
+from vtc.evaluation.kept import Kept
 
 pytestmark = pytest.mark.eval
 
@@ -57,6 +62,35 @@ def test_failures_show_the_picture_and_what_was_left_of_it(gallery, swept, loade
             loaded.model.generate(**inputs, max_new_tokens=1)
         left = viz.last_left(handle.remaining)
         assert broken.left == viz.overlay(seen, left, evidence=doc["evidence"])
+
+
+def test_what_is_drawn_is_what_was_kept_when_a_task_writes_around_its_questions(
+    sweep, loaded, tasks_folder, tmp_path
+):
+    folder = shutil.copytree(tasks_folder, tmp_path / "tasks")
+    file = folder / "vtc_scenes.yaml"
+    around = "what is left of the blue ring? {{question}} is there a red star?"
+    file.write_text(file.read_text().replace("{{question}}", around))
+    given = {"methods": ("fastv",), "keeps": (0.11,), "include_path": folder, "questions": 4}
+    result = sweep(tmp_path / "out", timed_samples=0, batch_size=1, **given)
+    with quiet():
+        (task,) = load_tasks(("vtc_scenes",), folder)
+    gallery = pictures.Gallery(result.samples, result.summary, loaded, task)
+    (row,) = [row for row in result.summary if row["method"] == "fastv"]
+    own = result.samples[result.samples["label"] == "fastv"].sort_values("doc_id")
+    masks = Kept.read(tmp_path / "out" / "cells" / f"{row['cells'][0]}.kept.npz")
+    for line, sample in enumerate(own.to_dict("records")):
+        with gallery._asked(sample, row, gallery._image(line)) as handle:
+            left = viz.last_left(handle.remaining).mask()[0]
+        assert (left.numpy() == masks[line][0].kept).all()
+
+
+@pytest.mark.parametrize("evidence", ["in the caption", [3], [[0, 1, 2]], {"page": 1}])
+def test_what_other_data_sets_call_evidence_is_no_box(evidence, gallery, monkeypatch):
+    docs = [{"evidence": evidence, "image": Image.new("RGB", (8, 8))}]
+    monkeypatch.setattr(type(gallery._task), "eval_docs", docs)
+    picture = docs[0]["image"]
+    assert gallery._boxes(0, picture, picture) == []
 
 
 def test_the_budget_nearest_to_eleven_percent_is_shown_once_per_method(samples_frame):

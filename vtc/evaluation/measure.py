@@ -95,7 +95,7 @@ def evidence_numbers(
         it merges some, `evidence_covered`, which counts members of merged tokens. Nothing where
         both say nothing: no boxes, no selection, or the picture is several crops.
     """
-    boxes = _boxes(doc)
+    boxes = boxes_of(doc)
     found = last_left(selections, image)
     if not boxes or found is None:
         return {}
@@ -128,8 +128,9 @@ def last_left(selections: Sequence[Selection], image: int) -> tuple[Selection, i
     return None
 
 
-def _boxes(doc: Mapping[str, Any]) -> list[Sequence[float]]:
-    """The boxes of a question; other data sets keep other things under that name."""
+def boxes_of(doc: Mapping[str, Any]) -> list[Sequence[float]]:
+    """The boxes of a question about one picture; other data sets keep other things under that
+    name."""
     found = doc.get("evidence")
     if not isinstance(found, list) or not all(_is_box(box) for box in found):
         return []

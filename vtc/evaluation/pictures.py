@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
 from vtc.evaluation.compression import FULL, RANDOM, Compression, build
 from vtc.evaluation.evaluate import quiet
 from vtc.evaluation.failures import Failure, failures
 from vtc.evaluation.loading import Loaded
+from vtc.evaluation.measure import boxes_of
 from vtc.evaluation.printed import name, percent
 from vtc.evaluation.rows import Row
 from vtc.evaluation.statistics import RIGHT
@@ -154,7 +156,7 @@ class Gallery:
     ) -> list[tuple[float, float, float, float]]:
         """The evidence in pixels of the picture as the model saw it."""
         x, y = seen.width / image.width, seen.height / image.height
-        boxes = self._task.eval_docs[doc_id].get("evidence") or []
+        boxes = boxes_of(self._task.eval_docs[doc_id])
         return [(x0 * x, y0 * y, x1 * x, y1 * y) for x0, y0, x1, y1 in boxes]
 
     def _picture(self, doc_id: int) -> Image.Image | None:
@@ -184,8 +186,9 @@ class Gallery:
         keep = None if row["keep"] == "adaptive" else row["keep"]
         positions, seed = row["positions"], int(sample["seed"])
         compression = Compression(row["method"], keep, positions, seed, sample["options"])
-        words = {"type": "text", "text": self._question(sample)}
-        messages = [{"role": "user", "content": [{"type": "image"}, words]}]
+        # what a method keeps can depend on every word that was asked
+        asked = self._task.doc_to_messages(self._task.eval_docs[int(sample["doc_id"])])
+        messages = ChatMessages(messages=asked).to_hf_messages()
         model, processor = self._loaded.model, self._loaded.processor
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = processor(images=[image], text=[text], return_tensors="pt")
