@@ -7,14 +7,16 @@ import json
 import re
 import shlex
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from vtc.evaluation import printed
-from vtc.evaluation.pictures import rows_to_show
-from vtc.evaluation.sections import SPREAD
+from vtc.evaluation import printed, report, table
+from vtc.evaluation.pictures import Example, Shown, rows_to_show
+from vtc.evaluation.sections import SPREAD, Drawn, view
+from vtc.evaluation.sweep import SweepConfig, SweepResult
 
 pytestmark = pytest.mark.eval
 
@@ -223,6 +225,58 @@ def test_it_says_how_it_was_made(page):
     everything = "".join(page.texts)
     assert "vtc sweep --questions 16" in everything
     assert "guessing" in everything and "transformers" in everything
+
+
+@pytest.fixture
+def page_of(samples_frame):
+    """The page of samples made by hand: scores by (model, task), and what was drawn of all."""
+
+    def build(scores, drawn):
+        methods = (("none", "keep", None, 0), ("random", "keep", 0.5, 0))
+        cells = [
+            samples_frame(dict.fromkeys(methods, own), task=task, model=model)
+            for (model, task), own in scores.items()
+        ]
+        frame = pd.concat(cells, ignore_index=True)
+        rows, summary = table.tables(frame)
+        result = SweepResult(rows, summary, [], Path("out"), (), frame)
+        charts = report._charts(result, "a machine")
+        views = [
+            view(
+                own,
+                report._of(summary, *key),
+                [],
+                drawn,
+                parameters="1",
+                chance=None,
+                charts=charts,
+            )
+            for key, own in zip(scores, cells, strict=True)
+        ]
+        return Page(report._page(SweepConfig(), result, views, {}))
+
+    return build
+
+
+def test_numbers_of_questions_are_those_of_all_tasks(page_of):
+    several = {("m", "t"): [1, 0, 1, 1], ("m", "u"): [1, 0, 1, 0, 1, 0]}
+    assert "4 to 6 questions each" in "".join(page_of(several, Drawn()).texts)
+    several["m", "u"] = several["m", "t"]
+    assert " 4 questions each" in "".join(page_of(several, Drawn()).texts)
+
+
+def test_what_others_wrote_is_text(page_of):
+    wild = """<img src=x onerror="alert('1')"> & </script>"""
+    picture = Image.new("RGB", (8, 8))
+    shown = [Shown(wild, picture, picture, wild, True, wild)]
+    drawn = Drawn([Example(wild, wild, wild, shown)], shown)
+    page = page_of({(f"m{wild}", f"t{wild}"): [1, 0, 1, 1]}, drawn)
+    assert not [a for tag, a in page.tags if tag == "img" and not a["src"].startswith("data:")]
+    assert not [name for _, a in page.tags for name in a if name.startswith("on")]
+    # title of the page and of the model, question, target, kind, method, answer and share
+    assert "".join(page.texts).count(wild) > 8
+    alts = [a["alt"] for _, a in page.tags if a.get("alt", "").endswith(f": {wild}")]
+    assert alts == [f"{wild}: {wild}", f"Scores of {wild}: {wild}"]
 
 
 def test_a_phone_can_show_it(page, text):
