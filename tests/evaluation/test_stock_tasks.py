@@ -5,7 +5,12 @@ Scores are computed again from the answers and the data, by other means than lmm
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -109,7 +114,9 @@ def again(task, questions, said):
 
 
 def answers(samples):
-    return [sample["filtered_resps"][0] for sample in sorted(samples, key=lambda s: s["doc_id"])]
+    """By question: a list of one in memory, and that one in lmms-eval's file."""
+    said = [s["filtered_resps"] for s in sorted(samples, key=lambda s: s["doc_id"])]
+    return [one if isinstance(one, str) else one[0] for one in said]
 
 
 def agree(results, samples, task, questions):
@@ -161,3 +168,76 @@ def test_what_was_kept_is_in_the_samples(task, full, compressed):
         counts = [sample["token_counts"][0] for sample in results["samples"][task]]
         assert len(counts) == QUESTIONS
         assert {count["kept_fraction"] for count in counts} == {share}
+
+
+def test_a_blank_picture_is_worse(evaluated, samples_folder, full, rows, tmp_path):
+    for task in TASKS:
+        blank = [
+            f"include: {samples_folder / 'tasks' / task}.yaml",
+            f"task: {task}_blank",
+            "doc_to_visual: !function vtc.testbed.scoring.blank",
+        ]
+        (tmp_path / f"{task}_blank.yaml").write_text("\n".join(blank))
+    names = [f"{task}_blank" for task in TASKS]
+    results = evaluated(tmp_path, names, method="none")
+    for task in TASKS:
+        said = answers(results["samples"][f"{task}_blank"])
+        (metric, guessed), *_ = again(task, rows[task], said).items()
+        assert guessed < 0.75 * full["results"][task][f"{metric},none"]
+
+
+@pytest.mark.slow
+def test_the_command_from_the_page(samples_folder, model_name, rows, tmp_path):
+    # the groups carry the same names inside, and win over lmms-eval's own tasks of that name
+    groups = ",".join(f"vtc_local_{task}" for task in TASKS)
+    folder = Path(sys.executable).parent
+    environment = os.environ | {
+        "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    arguments = (
+        f"lmms-eval --model vtc --model_args pretrained={model_name},device=cpu,method=vtc_cls,"
+        f"keep=0.33 --tasks {groups} --include_path {samples_folder / 'tasks'} --batch_size 1 "
+        f"--log_samples --output_path out"
+    )
+    done = subprocess.run(
+        arguments.split(), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    # its exit status says nothing
+    found = list(tmp_path.rglob("*_results.json"))
+    assert found, done.stderr
+    results = json.loads(found[0].read_text())
+    for task in TASKS:
+        (file,) = tmp_path.rglob(f"*_samples_{task}.jsonl")
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        agree(results, samples, task, rows[task])
+        counts = [sample["token_counts"][0] for sample in samples]
+        assert [count["kept_fraction"] for count in counts] == [KEPT] * QUESTIONS
+
+
+@pytest.mark.slow
+def test_a_sweep_over_the_four(sweep, samples_folder, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = sweep(
+        tmp_path / "out",
+        include_path=samples_folder / "tasks",
+        tasks=TASKS,
+        keeps=(0.33,),
+        questions=8,
+    )
+    found = {(row["task"], row["method"]): row for row in result.rows}
+    for task in TASKS:
+        assert found[task, "none"]["accuracy"] > 0.7
+        assert found[task, "vtc_cls"]["kept_fraction"] == pytest.approx(KEPT)
+        own = result.samples[result.samples["task"] == task]
+        for method in ("none", "vtc_cls", "downsample"):
+            part = own[own["method"] == method].sort_values("doc_id")
+            said, questions = part["answer"].tolist(), rows[task][:8]
+            # of MME, a sweep compares single questions
+            wanted = (
+                sum(a == q["answer"].lower() for q, a in zip(questions, said, strict=True)) / 8
+                if task == "mme"
+                else next(iter(again(task, questions, said).values()))
+            )
+            assert part["score"].mean() == pytest.approx(wanted)
