@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from tests.methods.test_layer_methods import ROWS, built, facts, seen
 from vtc import ops
 from vtc.entrance import Entrance
-from vtc.methods.sparsevlm import _clusters, _recyclable
+from vtc.mergers.clusters import cluster_count, recyclable
 from vtc.scorers.raters import _turned_ones, rater_rows, rater_rows_corrected, raters
 from vtc.selectors.density_peaks import density_peaks
 from vtc.sites import LayerCut, LayerView
@@ -57,12 +57,12 @@ def test_equal_points_are_told_apart_by_their_order() -> None:
 @given(st.integers(2, 600), st.data())
 def test_kept_and_clusters_fill_the_count(n: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, n))
-    clusters = _clusters(n, count)
+    clusters = cluster_count(n, count)
     kept = count - clusters
     assert 0 <= clusters <= count and (clusters == 0) == (count in (1, n))
     if clusters and clusters != count // 2:
         assert clusters == (int(0.3 * (n - kept)) + 1) // 10 + 1
-    assert clusters <= max(_recyclable(n - kept), 1)
+    assert clusters <= max(recyclable(n - kept), 1)
 
 
 @pytest.mark.parametrize("last, wholes", [(18, (66, 30, 17)), (113, (300, 200, 110))])
@@ -72,7 +72,7 @@ def test_the_published_schedules(last: int, wholes: tuple[int, ...], variant: st
     totals = built("sparsevlm", variant=variant).wanted(576, Budget.of(last), facts())
     there = 576
     for total, whole in zip(totals, wholes, strict=True):
-        assert total - _clusters(there, total) == whole
+        assert total - cluster_count(there, total) == whole
         there = total
 
 
@@ -175,7 +175,7 @@ def test_clusters_are_means_of_what_was_dropped() -> None:
     assert cut.keep.sum(-1).tolist() == [6, 6, 6]
     total = torch.zeros_like(cut.weight).scatter_add(1, cut.into, cut.weight)
     torch.testing.assert_close(total, cut.keep.float())
-    clusters = _clusters(40, 6)
+    clusters = cluster_count(40, 6)
     for g in range(3):
         members = (cut.weight[g] > 0) & ~cut.keep[g]
-        assert int(members.sum()) == _recyclable(40 - 6 + clusters) - clusters
+        assert int(members.sum()) == recyclable(40 - 6 + clusters) - clusters

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from vtc.errors import VtcError
 from vtc.methods.layer_cuts import LayerCuts, cut_before
 from vtc.scorers.layer_rows import asked_text
-from vtc.selectors.opposed import even_quotas, largest, opposed
+from vtc.selectors.opposed import largest, with_opposed
 from vtc.sites import Facts, LayerView
 
 
@@ -80,23 +80,21 @@ class Dart(LayerCuts):
         for g, (row, count) in enumerate(zip(view.parent[:, 1].tolist(), counts.tolist())):  # noqa: B905
             if count < int(view.valid[g].sum()):
                 own = view.columns[g][view.valid[g]]
-                taken = self._taken(x[row], norms[row], own, text[row], count, view.mask[row])
+                pivots = self._pivots(norms[row], own, text[row], count, view.mask[row])
+                taken = with_opposed(x[row], own, *pivots, count)
                 keep[g] = keep[g].masked_scatter(view.valid[g], taken)
         return keep
 
-    def _taken(
-        self, x: Tensor, norms: Tensor, own: Tensor, text: Tensor, count: int, mask: Tensor
-    ) -> Tensor:
-        """Of the tokens at columns `own [N]` of one row, those that stay, `bool[N]`."""
-        everywhere = torch.ones_like(own, dtype=torch.bool)
-        image = largest(norms[own], everywhere, min(self.image_pivots, count))
-        stays = ~everywhere
-        stays[image] = True
+    def _pivots(
+        self, norms: Tensor, own: Tensor, text: Tensor, count: int, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the tokens at columns `own [N]` of one row are pivots, and all pivots' columns
+        in order."""
+        image = largest(norms[own], torch.ones_like(own).bool(), min(self.image_pivots, count))
         pivots = torch.cat([own[image], largest(norms, text, self.text_pivots)])
         if self.faithful:
             first = int(mask.int().argmax())
             places = (pivots - first).tolist()
             ordered = set(places[: len(image)]) | set(places[len(image) :])
             pivots = torch.tensor(list(ordered), device=own.device) + first
-        quotas = even_quotas(count - len(image), len(pivots))
-        return stays | opposed(x[own], x[pivots], ~stays, quotas)
+        return image, pivots

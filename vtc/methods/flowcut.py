@@ -24,7 +24,7 @@ from vtc.scorers.flow import (
 )
 from vtc.selectors import Selector, TopK, mask_over
 from vtc.selectors.base import check_numbers
-from vtc.selectors.shares import even_shares, roomy_shares
+from vtc.selectors.shares import Sharing, even_shares, roomy_shares, row_targets
 from vtc.sites import BlockView, Cut, Facts, LayerView
 from vtc.types import Budget, Signal, Tokens
 
@@ -210,15 +210,12 @@ class FlowCut(Method):
 
     def targets(self, view: BlockView, budget: Budget) -> Tensor:
         """Units of each row that leave the encoder, `int64[R]` on the CPU."""
-        found = torch.zeros_like(view.units)
-        for i, (n, rows) in enumerate(zip(view.tokens, view.rows, strict=True)):
-            mine, video = view.image == i, bool(view.video) and view.video[i]
-            later = self._cuts_later(view.has_cls, rows > 1 and not video)
-            shares = (roomy_shares if later else even_shares)(
-                budget.count(n), view.units[mine].tolist()
-            )
-            found[mine] = torch.tensor(shares, dtype=found.dtype)
-        return found
+
+        def sharing(image: int) -> Sharing:
+            several = view.rows[image] > 1 and not (view.video and view.video[image])
+            return roomy_shares if self._cuts_later(view.has_cls, several) else even_shares
+
+        return row_targets(view, budget, sharing)
 
     def llm_layers(self, facts: Facts, budget: Budget | None = None) -> tuple[int, ...]:
         """Layer index 1, at any depth (official `prune_layer`), or the first that can be."""

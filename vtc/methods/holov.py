@@ -34,9 +34,7 @@ class HoloV(Method):
     """
 
     name: ClassVar[str] = "holov"
-    summary: ClassVar[str] = (
-        "windows share by attention of [CLS] and variance, choose by the first"
-    )
+    summary: ClassVar[str] = "windows share by attention of [CLS] and variance, choose by the first"
     bibtex: ClassVar[str] = """@inproceedings{zou2025holov,
   title={Don't Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context
          Retention},

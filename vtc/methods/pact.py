@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from vtc.errors import SignalError, VtcError
+from vtc.mergers.clusters import with_clusters
 from vtc.methods.base import Exactness, Method, Site
 from vtc.methods.layer_cuts import cut_before
 from vtc.selectors import Count
-from vtc.selectors.bounded_clusters import bounded_clusters, cosine_distances
+from vtc.selectors.bounded_clusters import above_share, centers_in_reach, cosine_distances
 from vtc.sites import Facts, LayerCut, LayerView
 from vtc.types import Budget
 
@@ -87,39 +87,17 @@ class Pact(Method):
         if view.hidden is None:
             raise VtcError(f"method {self.name!r} got a view without hidden states")
         plain, turned = view.next_layer(rotary=False), view.next_layer()
-        cut = LayerCut.alone(view.valid)
-        keep, into, weight, size = (x.clone() for x in (cut.keep, cut.into, cut.weight, cut.weight))
+        past, clusters = plain.key.shape[2] - view.mask.shape[1], []
         for g, row in enumerate(view.parent[:, 1].tolist()):
             (at,) = view.valid[g].nonzero(as_tuple=True)
             own = view.columns[g, at]
-            past = plain.key.shape[2] - view.mask.shape[1]
             query = plain.query[row][:, own].float().mean(1)  # [H, d]
             key = plain.key[row][:, own + past].float()  # [H, n, d]
             looks = (torch.einsum("hd,hnd->hn", query, key) * plain.scale).softmax(-1).mean(0)
             scores = looks * view.hidden[row, own].float().norm(dim=-1)
             keys = turned.key[row][:, own + past].transpose(0, 1).flatten(1)
-            center, belongs = self._clusters(scores, cosine_distances(keys))
-            there = belongs >= 0
-            keep[g, at] = center
-            into[g, at] = at[belongs.clamp_min(0)]
-            count = belongs[there].bincount(minlength=len(at)).float()
-            weight[g, at] = torch.where(there, 1 / count[belongs.clamp_min(0)], 0)
-            size[g, at] = count.clamp_min(1)
-        return LayerCut(keep, into, weight, size if self.proportional else None)
-
-    def _clusters(self, scores: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of N tokens are centers, `bool[N]`, and the center of each, −1 where it has none,
-        `int64[N]`."""
-        n, low = len(scores), int(self.importance * len(scores))
-        everything = torch.ones(n, dtype=torch.bool, device=scores.device)
-        important = scores > scores.sort().values[low - 1] if low else everything
-        if not bool(important.any()):
-            important = everything
-        (at,) = important.nonzero(as_tuple=True)
-        center = torch.zeros_like(important)
-        center[at] = bounded_clusters(distance[at][:, at], self.cutoff)
-        to_center = distance.masked_fill(~center[None], float("inf"))
-        nearest = to_center.min(-1)
-        far = nearest.values > self.reach * self.cutoff
-        belongs = nearest.indices.masked_fill(far, -1)
-        return center, torch.where(center, torch.arange(n, device=scores.device), belongs)
+            important = above_share(scores, self.importance)
+            distance = cosine_distances(keys)
+            center = centers_in_reach(distance, important, self.cutoff, self.reach * self.cutoff)
+            clusters.append((g, at, center))
+        return with_clusters(LayerCut.alone(view.valid), clusters, sized=self.proportional)

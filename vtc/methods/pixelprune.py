@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from vtc.errors import VtcError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.selectors import Count
-from vtc.selectors.predicted import unpredicted
+from vtc.selectors.predicted import unpredicted_units
 from vtc.sites import BlockView, Cut, Facts
 from vtc.types import Budget
 
@@ -67,17 +65,4 @@ class PixelPrune(Method):
                 f"method {self.name!r} got a view of encoder block {view.block} without pixels, "
                 "expected one of what is in front of the first"
             )
-        keep = view.valid.clone()
-        for r, cells in enumerate(view.cells):
-            (at,) = (cells[:, 0] >= 0).nonzero(as_tuple=True)
-            frames, h, w = (int(n) + 1 for n in cells[at].amax(0))
-            place = (cells[at] @ torch.tensor([h * w, w, 1])).to(keep.device)
-            own = at.to(keep.device)
-            grid = view.pixels.new_zeros(frames * h * w, view.pixels.shape[-1])
-            grid = grid.index_put((place,), view.pixels[r, own])
-            kept = unpredicted(grid.view(frames, h, w, -1), self.tau)
-            keep[r, own] &= kept.flatten()[place]
-        # of a row whose first cell is padding of a canvas, something has to stay
-        nothing = ~keep.any(1) & view.valid.any(1)
-        first = torch.zeros_like(keep).scatter(1, view.valid.int().argmax(1, keepdim=True), True)
-        return Cut(keep | (first & nothing[:, None]), {})
+        return Cut(unpredicted_units(view.pixels, view.cells, view.valid, self.tau), {})

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vtc.errors import VtcError
+from vtc.mergers.clusters import cluster_count, recycled
 from vtc.methods.base import Exactness
 from vtc.methods.layer_cuts import LayerCuts, cut_behind, interpolated, rising
 from vtc.scorers import RaterRows, Scorer
 from vtc.scorers.layer_signals import seen_tokens
-from vtc.selectors.density_peaks import density_peaks
 from vtc.sites import Facts, LayerCut, LayerView
 
 # of 576 tokens, those left behind each stage, clusters included, of the budgets 64, 96, 128, 192
@@ -100,43 +100,9 @@ class SparseVlm(LayerCuts):
         if view.hidden is None:
             raise VtcError(f"method {self.name!r} got a view without hidden states")
         left = view.valid.sum(-1).tolist()
-        clusters = [_clusters(n, count) for n, count in zip(left, counts.tolist(), strict=True)]
-        whole = counts - torch.tensor(clusters)
-        kept = super().chosen(view, whole)
+        clusters = [cluster_count(n, count) for n, count in zip(left, counts.tolist(), strict=True)]
+        kept = super().chosen(view, counts - torch.tensor(clusters))
         assert isinstance(kept, Tensor)
-        return self._recycled(view, kept, clusters)
-
-    def _recycled(self, view: LayerView, kept: Tensor, clusters: list[int]) -> LayerCut:
-        """What some of the tokens that are not kept become."""
         tokens = seen_tokens(view, self._asked)
         scores = self.active_scorer(tokens) if self.active_scorer else None
-        cut = LayerCut.alone(kept)
-        keep, into, weight = cut.keep.clone(), cut.into.clone(), cut.weight.clone()
-        for g, count in enumerate(clusters):
-            if not count:
-                continue
-            (gone,) = (view.valid[g] & ~kept[g]).nonzero(as_tuple=True)
-            if scores is not None:
-                order = scores[g, gone].argsort(descending=True, stable=True)
-                gone = gone[order[: _recyclable(len(gone))]].sort().values
-            centers, belongs = density_peaks(tokens.features[g, gone], count, count)
-            keep[g, gone[centers]] = True
-            into[g, gone] = gone[centers][belongs]
-            weight[g, gone] = 1 / belongs.bincount(minlength=count)[belongs].float()
-        return LayerCut(keep, into, weight)
-
-
-def _recyclable(dropped: int) -> int:
-    """Of so many dropped tokens, those that are recycled."""
-    return min(int(0.3 * dropped) + 1, dropped)
-
-
-def _clusters(n: int, count: int) -> int:
-    """How many of `count` places go to clusters when `n` tokens are left, so that as many remain as
-    published; half of them where those would leave no place for a token as it is."""
-    if count >= n:
-        return 0
-    for kept in range(count - 1, 0, -1):
-        if kept + _recyclable(n - kept) // 10 + 1 == count:
-            return count - kept
-    return count // 2
+        return recycled(tokens.features, scores, kept, view.valid, clusters)

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from vtc.errors import SignalError
+from vtc.mergers import merged_pairs
 from vtc.methods.base import Exactness, Method, Site
-from vtc.selectors.bipartite import bipartite_matches
-from vtc.selectors.shares import even_shares
+from vtc.selectors.shares import row_targets
 from vtc.sites import BlockView, Cut, Facts
 from vtc.types import Budget
 
@@ -68,36 +67,11 @@ class ToMe(Method):
     def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
         """Merge so many pairs that the same number in each block to come leaves T."""
         size = view.carry.get("size", torch.ones(view.valid.shape, device=view.valid.device))
-        left, targets = view.valid.sum(-1), targets_of(view, budget).to(view.valid.device)
+        left, targets = view.valid.sum(-1), row_targets(view, budget).to(view.valid.device)
         amount = -((targets - left).clamp_max(0) // (view.tap - view.block))  # rounded up
         if not bool(amount.any()):
             return Cut(None, {"size": size})
         keys = view.key[:, :, int(view.has_cls) :].float().mean(1)  # [R, U·m, d]
         metric = keys.unflatten(1, (view.valid.shape[1], view.patches)).mean(2)
-        keep = view.valid
-        place = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape)
-        into = place
-        while bool(amount.any()):
-            found = bipartite_matches(metric, keep, amount)
-            merged = keep & (found != place)
-            keep, amount = keep & ~merged, amount - merged.sum(-1)
-            into = found.gather(1, into)
-        total = torch.zeros_like(size).scatter_add(1, into, size.masked_fill(~view.valid, 0))
-        weight = (size / total.gather(1, into).clamp_min(1)).masked_fill(~view.valid, 0)
-        grown = torch.where(keep, total, 1)
+        keep, into, weight, grown = merged_pairs(metric, view.valid, amount, size)
         return Cut(keep, {"size": grown}, into, weight, grown if self.proportional else None)
-
-
-def targets_of(view: BlockView, budget: Budget) -> Tensor:
-    """Units of each row that leave the encoder, `int64[R]` on the CPU; rows of an image share what
-    is kept of it evenly.
-
-    Raises:
-        OptionError: a row would have none.
-    """
-    found = torch.zeros_like(view.units)
-    for i, n in enumerate(view.tokens):
-        mine = view.image == i
-        shares = even_shares(budget.count(n), view.units[mine].tolist())
-        found[mine] = torch.tensor(shares, dtype=found.dtype)
-    return found

@@ -38,6 +38,32 @@ def bounded_clusters(distance: Tensor, cutoff: float) -> Tensor:
     return centers
 
 
+def centers_in_reach(distance: Tensor, important: Tensor, cutoff: float, reach: float) -> Tensor:
+    """Which center every point belongs to, `int64[N]`: the nearest, a center to itself; −1 where
+    none is within reach.
+
+    Args:
+        distance: `[N, N]`.
+        important: `bool[N]`, the points that are clustered, one at least.
+        cutoff: as above.
+        reach: how far from its center a point may be.
+    """
+    (at,) = important.nonzero(as_tuple=True)
+    center = torch.zeros_like(important)
+    center[at] = bounded_clusters(distance[at][:, at], cutoff)
+    nearest = distance.masked_fill(~center[None], float("inf")).min(-1)
+    belongs = nearest.indices.masked_fill(nearest.values > reach, -1)
+    return torch.where(center, torch.arange(len(distance), device=distance.device), belongs)
+
+
+def above_share(scores: Tensor, share: float) -> Tensor:
+    """Those of `scores [N]` above the ⌊share·N⌋-th lowest, `bool[N]`; all if that leaves none."""
+    low = int(share * len(scores))
+    everything = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    above = scores > scores.sort().values[low - 1] if low else everything
+    return above if bool(above.any()) else everything
+
+
 def cosine_distances(x: Tensor) -> Tensor:
     """1 − cosine similarity of rows `[N, D]`, `float32[N, N]`, 0 of a row to itself."""
     unit = normalize(x.float(), dim=-1)

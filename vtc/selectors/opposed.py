@@ -29,6 +29,25 @@ def opposed(x: Tensor, pivots: Tensor, among: Tensor, quotas: Sequence[int]) -> 
     return among & ~left
 
 
+def with_opposed(x: Tensor, own: Tensor, sure: Tensor, pivots: Tensor, count: int) -> Tensor:
+    """`count` tokens: some that are sure, and an even share for each pivot of those opposed to it.
+
+    Args:
+        x: `[S, D]`, entries of a sequence, L2-normalized.
+        own: `int64[N]`, the entries that are tokens.
+        sure: `int64[K]`, which of the N stay anyway, at most `count`.
+        pivots: `int64[P]`, entries, in their order.
+        count: at most N.
+
+    Returns:
+        `bool[N]`, the tokens that stay.
+    """
+    stays = torch.zeros_like(own, dtype=torch.bool)
+    stays[sure] = True
+    quotas = even_quotas(count - len(sure), len(pivots))
+    return stays | opposed(x[own], x[pivots], ~stays, quotas)
+
+
 def even_quotas(total: int, shares: int) -> list[int]:
     """`total` in `shares` parts that differ by one at most, the first ones larger."""
     each, more = divmod(total, shares)

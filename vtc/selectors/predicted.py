@@ -37,5 +37,29 @@ def unpredicted(pixels: Tensor, tau: float) -> Tensor:
     return kept
 
 
+def unpredicted_units(pixels: Tensor, cells: Tensor, valid: Tensor, tau: float) -> Tensor:
+    """The same of rows of an encoder, `bool[R, U]`; each has one unit at least that is kept.
+
+    Args:
+        pixels: `[R, U, v]`.
+        cells: `int64[R, U, 3]` on the CPU, frame, row and column of each unit; −1 on padding.
+        valid: `bool[R, U]`, what can be kept: padding of a canvas predicts, and is not kept.
+        tau: 0 for equality.
+    """
+    keep = valid.clone()
+    for r, row in enumerate(cells):
+        (at,) = (row[:, 0] >= 0).nonzero(as_tuple=True)
+        frames, h, w = (int(n) + 1 for n in row[at].amax(0))
+        place = (row[at] @ torch.tensor([h * w, w, 1])).to(keep.device)
+        own = at.to(keep.device)
+        grid = pixels.new_zeros(frames * h * w, pixels.shape[-1])
+        grid = grid.index_put((place,), pixels[r, own]).view(frames, h, w, -1)
+        keep[r, own] &= unpredicted(grid, tau).flatten()[place]
+    # of a row whose first cell is padding of a canvas, something has to stay
+    nothing = ~keep.any(1) & valid.any(1)
+    first = torch.zeros_like(keep).scatter(1, valid.int().argmax(1, keepdim=True), True)
+    return keep | (first & nothing[:, None])
+
+
 def _equal(a: Tensor, b: Tensor, tau: float) -> Tensor:
     return (a - b).abs().amax(-1) <= tau

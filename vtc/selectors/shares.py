@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
 from vtc.errors import OptionError
-from vtc.types import largest_remainder
+from vtc.sites import BlockView
+from vtc.types import Budget, largest_remainder
+
+Sharing = Callable[[int, list[int]], list[int]]
 
 
 def even_shares(wanted: int, sizes: list[int]) -> list[int]:
@@ -34,3 +42,25 @@ def roomy_shares(wanted: int, sizes: list[int]) -> list[int]:
     while sum(min(share, size) for size in sizes) < total:
         share += 1
     return [min(share, size) for size in sizes]
+
+
+def row_targets(
+    view: BlockView, budget: Budget, sharing: Callable[[int], Sharing] = lambda image: even_shares
+) -> Tensor:
+    """Units of each row that leave the encoder, `int64[R]` on the CPU: rows of an image share what
+    is kept of it.
+
+    Args:
+        view: of any block.
+        budget: how much is kept of each image.
+        sharing: for the number of an image, how: `even_shares`, `roomy_shares`.
+
+    Raises:
+        OptionError: a row would have none.
+    """
+    found = torch.zeros_like(view.units)
+    for i, n in enumerate(view.tokens):
+        mine = view.image == i
+        shares = sharing(i)(budget.count(n), view.units[mine].tolist())
+        found[mine] = torch.tensor(shares, dtype=found.dtype)
+    return found
