@@ -14,7 +14,6 @@ import vtc
 from tests.kit.matrix import (
     BOTH,
     FAMILIES,
-    FULL,
     MIXED,
     REFUSED,
     SPECS,
@@ -54,7 +53,7 @@ def generated(model: Any, method: Any, keep: Any, inputs: Any, held: Encodings |
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in FULL else pytest.mark.slow) for f in FAMILIES]
+    "family", [pytest.param(f, marks=() if f == "llava_next" else pytest.mark.slow) for f in FAMILIES]
 )
 def test_methods_that_share_encodings_answer_as_without(family: str) -> None:
     prompt = BOTH if BOTH in accepted(family, SPECS[0]) else MIXED
