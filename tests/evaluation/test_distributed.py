@@ -13,7 +13,7 @@ from vtc.evaluation import distributed
 
 pytestmark = pytest.mark.eval
 
-SETTINGS = ["--keep", "0.11", "--positions", "keep", "--questions", "6", "--seeds", "0"]
+SETTINGS = ["--keep", "0.11", "--positions", "keep", "--questions", "7", "--seeds", "0"]
 SETTINGS += ["--batch-size", "2", "--timed-samples", "1", "--pictures", "0", "--device", "cpu"]
 
 
@@ -37,10 +37,10 @@ def test_two_processes_end_as_one(sweep, model_name, tasks_folder, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     # one of them prints
     assert done.stdout.count(f"report  {out / 'report.html'}") == 1
-    sweep(tmp_path / "one", questions=6, batch_size=2)
+    sweep(tmp_path / "one", questions=7, batch_size=2)
     pd.testing.assert_frame_equal(without_times(out), without_times(tmp_path / "one"))
     samples = [path.read_bytes().count(b"\n") for path in out.glob("cells/*.samples.jsonl")]
-    assert samples == [6] * 6
+    assert samples == [7] * 6
 
 
 def test_without_torchrun_this_process_is_all(monkeypatch):
