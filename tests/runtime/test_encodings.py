@@ -53,7 +53,8 @@ def generated(model: Any, method: Any, keep: Any, inputs: Any, held: Encodings |
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f == "llava_next" else pytest.mark.slow) for f in FAMILIES]
+    "family",
+    [pytest.param(f, marks=[pytest.mark.slow] if f != "llava_next" else []) for f in FAMILIES],
 )
 def test_methods_that_share_encodings_answer_as_without(family: str) -> None:
     prompt = BOTH if BOTH in accepted(family, SPECS[0]) else MIXED
