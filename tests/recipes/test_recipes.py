@@ -184,7 +184,7 @@ def test_models_are_what_the_file_says(slug: str) -> None:
     real = facts_of(adapter_of(model))
     for name in ("encoder_depth", "tap", "has_cls", "patches_per_token", "tiled", "llm_depth"):
         assert getattr(real, name) == getattr(of.facts, name), name
-    for name in ("first_layer_cut", "llm_width", "projects"):
+    for name in ("first_layer_cut", "llm_width", "llm_kind", "llm_kv_heads", "projects"):
         assert getattr(real, name) == getattr(of.facts, name), name
     assert model.config.model_type == of.type
 
@@ -206,7 +206,7 @@ def test_another_family_or_size_is_refused_and_left_alone() -> None:
 
     next_7b, tiny = skeleton("llava-next-7b"), build_model("llava")
     found = vtc.recipe("fastv-llava1.5-64")
-    for model, got in ((next_7b, "llava_next, 32 decoder"), (tiny, "llava, 4 decoder layers")):
+    for model, got in ((next_7b, "llava_next with llama of 32"), (tiny, "llava with llama of 4")):
         with pytest.raises(UnsupportedModelError) as error:
             found.patch(model)
         message = str(error.value)
@@ -215,3 +215,19 @@ def test_another_family_or_size_is_refused_and_left_alone() -> None:
             vtc.unpatch(model)
     with pytest.raises(UnsupportedModelError):
         found.patch(torch.nn.Linear(1, 1))
+
+
+def test_another_language_model_of_the_same_size_is_another_model() -> None:
+    from transformers import (
+        AutoModelForImageTextToText,
+        LlamaConfig,
+        LlavaNextConfig,
+        MistralConfig,
+    )
+
+    found = vtc.recipe("vispruner-llavanext-320")
+    for text in (LlamaConfig(num_key_value_heads=8), MistralConfig()):
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(LlavaNextConfig(text_config=text))
+        with pytest.raises(UnsupportedModelError, match="8 key/value heads"):
+            found.patch(model)

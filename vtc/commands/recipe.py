@@ -10,7 +10,7 @@ from vtc.commands.files import table
 from vtc.errors import OptionError
 from vtc.evaluation.compression import label
 from vtc.recipes import Recipe, Result, names, recipe
-from vtc.recipes.recipe import COUNTS
+from vtc.recipes.row import COUNTS
 
 _WIDTH = 100
 _HARNESS = (

@@ -4,6 +4,7 @@
 the models. Nothing is read before it is asked for.
 """
 
-from vtc.recipes.recipe import Number, Recipe, Result, names, recipe
+from vtc.recipes.index import names, recipe
+from vtc.recipes.row import Number, Recipe, Result
 
 __all__ = ["Number", "Recipe", "Result", "names", "recipe"]

@@ -33,7 +33,9 @@ class Model:
         tokens: visual tokens of an image in tables whose budgets are numbers of tokens; None:
             there are none, or they do not say.
         layers: decoder layers.
+        llm: `model_type` of the LLM's.
         width: hidden size of the LLM.
+        kv_heads: key/value heads of a decoder layer.
         encoder: blocks of the vision encoder.
         tap: the block whose output the LLM reads.
         cls: whether the encoder has a [CLS].
@@ -47,9 +49,11 @@ class Model:
     title: str
     id: str
     type: str
+    llm: str
     tokens: int | None = None
     layers: int
     width: int
+    kv_heads: int
     encoder: int
     tap: int
     cls: bool
@@ -70,6 +74,8 @@ class Model:
             llm_depth=self.layers,
             first_layer_cut=self.first_cut,
             llm_width=self.width,
+            llm_kind=self.llm,
+            llm_kv_heads=self.kv_heads,
             projects=self.type in ("llava", "llava_next"),
         )
 

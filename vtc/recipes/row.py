@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,9 +14,10 @@ from vtc.errors import OptionError, UnsupportedModelError
 from vtc.methods.base import Method, Positions
 from vtc.methods.layer_cuts import LayerCuts
 from vtc.methods.registry import method as build_method
-from vtc.recipes.data import Lineage, Model, Setting, Table, data
+from vtc.recipes.data import Lineage, Model, Setting, data
 from vtc.runtime.handle import Handle, patch
 from vtc.runtime.tower import facts_of
+from vtc.sites import Facts
 from vtc.types import Budget
 
 _RUNNING = ("fast", "kernels", "seed")
@@ -155,15 +154,12 @@ class Recipe:
     def check(self, model: nn.Module) -> None:
         """Raise `UnsupportedModelError` unless the model is of the row's family and size."""
         adapter = adapter_of(model)
-        facts = facts_of(adapter)
-        kind = str(adapter.model.config.model_type)
-        got = (kind, facts.llm_depth, facts.llm_width, facts.encoder_depth)
-        m = self.model
-        wanted = (m.type, m.layers, m.width, m.encoder)
+        got = _shape(str(adapter.model.config.model_type), facts_of(adapter))
+        wanted = _shape(self.model.type, self.model.facts)
         if got != wanted:
             raise UnsupportedModelError(
-                f"recipe {self.name!r} got a model of {_shape(got)}, expected {m.title} "
-                f"({_shape(wanted)}), {m.id}: its numbers are of that model; call vtc.patch with "
+                f"recipe {self.name!r} got a model of {got}, expected {self.model.title} "
+                f"({wanted}), {self.model.id}: its numbers are of that model; call vtc.patch with "
                 "the settings that `vtc recipe` prints to use them on another"
             )
 
@@ -255,69 +251,13 @@ class Recipe:
         )
 
 
-def names() -> tuple[str, ...]:
-    """Names of all recipes, in the order of methods."""
-    return tuple(_all())
-
-
-def recipe(name: str) -> Recipe:
-    """A published row's settings and numbers, by a name such as `"fastv-llava1.5-64"`: the method,
-    the model and the budget as tables call it.
-
-    Raises:
-        OptionError: there is no such row.
-    """
-    found = _all()
-    if not isinstance(name, str) or name not in found:
-        near = difflib.get_close_matches(str(name).casefold(), found, n=3, cutoff=0.5)
-        did = f"did you mean {' or '.join(near)}? " if near else ""
-        raise OptionError(
-            f"recipe {name!r} is unknown, expected METHOD-MODEL-BUDGET such as fastv-llava1.5-64: "
-            f"{did}`vtc recipe` lists all {len(found)}"
-        )
-    return found[name]
-
-
-@cache
-def _all() -> dict[str, Recipe]:
-    """All rows of all tables, those of one method, model and budget together."""
-    known = data()
-    found: dict[tuple[str, str, str], list[Result]] = {}
-    for table in known.tables:
-        for budget, method, *cells in table.rows:
-            key = (method, table.model, str(budget))
-            found.setdefault(key, []).append(_result(table, cells))
-    recipes = {}
-    for (method, model, budget), results in sorted(found.items(), key=_order):
-        slug = budget.replace("%", "pct").replace("=", "")
-        name = f"{method}-{known.models[model].slug}-{slug}"
-        setting = known.settings[method, model]
-        recipes[name] = Recipe(name, known.models[model], budget, setting, tuple(results))
-    return recipes
-
-
-def _order(entry: tuple[tuple[str, str, str], Any]) -> tuple[str, int, float, str]:
-    """By method, by model as they stand, most tokens first."""
-    method, model, budget = entry[0]
-    amount = budget.rstrip("%")
-    most = -float(amount) if amount.replace(".", "").isdecimal() else 0.0
-    return method, list(data().models).index(model), most, budget
-
-
-def _result(table: Table, cells: list[Any]) -> Result:
-    full = table.full or ("-",) * len(table.columns)
-    numbers = tuple(
-        Number(name, cell, table.units.get(name, table.unit), None if of == "-" else of)
-        for name, cell, of in zip(table.columns, cells, full, strict=True)
-        if cell != "-"
-    )
-    return Result(data().lineages[table.lineage], numbers, table.notes)
-
-
 def _python(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def _shape(of: tuple[str, int, int, int]) -> str:
-    kind, layers, width, blocks = of
-    return f"{kind}, {layers} decoder layers of {width}, {blocks} encoder blocks"
+def _shape(kind: str, of: Facts) -> str:
+    """What tells a model from others of its family, in words."""
+    return (
+        f"{kind} with {of.llm_kind} of {of.llm_depth} layers, {of.llm_width} wide, "
+        f"{of.llm_kv_heads} key/value heads, and {of.encoder_depth} encoder blocks"
+    )
