@@ -14,7 +14,10 @@ from torch import Tensor
 
 import vtc
 from tests.kit.matrix import cached_inputs, model_of, run
-from vtc.mergers import Contextual, Neighbors, means, nearest
+from vtc.mergers import Contextual, Neighbors, means, merged_pairs, nearest, with_clusters
+from vtc.scorers import SinkFilter
+from vtc.scorers.clip_relevance import ClipRelevance
+from vtc.sites import Facts, LayerCut
 from vtc.types import Tokens, round_half_up
 
 sizes = st.lists(st.integers(1, 14), min_size=1, max_size=3)
@@ -208,6 +211,75 @@ def test_cls_is_sent_where_the_projector_takes_it() -> None:
     with vtc.patch(model_of("llava"), "visionzip", 8, cls=False) as handle:
         run(model_of("llava"), cached_inputs("llava", "batch 1"), max_new_tokens=1)
     assert (handle.selections[0].keep >= 0).all()
+
+
+@given(sizes=sizes, seed=st.integers(0, 99), extra=st.integers(0, 2), data=st.data())
+def test_pairs_conserve_the_sum_over_all_they_stand_for(
+    sizes: list[int], seed: int, extra: int, data: st.DataObject
+) -> None:
+    tokens = tokens_of(sizes, seed, extra)
+    x, valid = tokens.features.nan_to_num(), tokens.valid
+    amounts = torch.tensor([data.draw(st.integers(0, n - 1)) for n in sizes])
+    draw = torch.Generator().manual_seed(seed)
+    size = torch.randint(1, 9, valid.shape, generator=draw).float()
+    keep, into, weight, grown = merged_pairs(tokens.features, valid, amounts, size)
+    assert keep.sum(1).tolist() == [n - int(a) for n, a in zip(sizes, amounts, strict=True)]
+    at = into[..., None].expand_as(x)
+    merged = torch.zeros_like(x).scatter_add(1, at, x * weight[..., None])
+    before = (x * size[..., None] * valid[..., None]).sum(1)
+    after = (merged * (grown * keep)[..., None]).sum(1)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-5)
+    assert keep.gather(1, into)[valid].all()
+    assert (grown * keep).sum(1).tolist() == (size * valid).sum(1).tolist()
+
+
+@given(sizes=sizes, seed=st.integers(0, 99), sized=st.booleans())
+def test_clusters_go_on_as_means_over_their_members(
+    sizes: list[int], seed: int, sized: bool
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    valid = torch.arange(max(sizes) + 1) < torch.tensor(sizes)[:, None]
+    kept = valid & (torch.rand(valid.shape, generator=draw) < 0.4)
+    clusters: list[tuple[int, Tensor, Tensor]] = []
+    members: dict[tuple[int, int], list[int]] = {}
+    for g in range(0, len(sizes), 2):
+        (at,) = (valid[g] & ~kept[g]).nonzero(as_tuple=True)
+        centers = torch.rand(len(at), generator=draw) < 0.4
+        owner = torch.full((len(at),), -1)
+        for i in range(len(at) if centers.any() else 0):
+            among = [-1, *centers.nonzero()[:, 0].tolist()]
+            pick = int(torch.randint(0, len(among), (1,), generator=draw))
+            owner[i] = i if centers[i] else among[pick]
+        clusters.append((g, at, owner))
+        for i, c in enumerate(owner.tolist()):
+            if c >= 0:
+                members.setdefault((g, int(at[c])), []).append(int(at[i]))
+    cut = with_clusters(LayerCut.alone(kept), clusters, sized)
+    assert torch.equal(cut.keep & kept, kept) and (cut.size is not None) == sized
+    assert {(g, c) for g, c in (cut.keep & ~kept).nonzero().tolist()} == set(members)
+    for g, row in enumerate(kept):
+        for i in range(len(row)):
+            own = next((c for (of, c), parts in members.items() if of == g and i in parts), None)
+            if own is None:
+                assert float(cut.weight[g, i]) == float(row[i])
+            else:
+                assert int(cut.into[g, i]) == own
+                assert float(cut.weight[g, i]) == pytest.approx(1 / len(members[g, own]))
+            if cut.size is not None and cut.keep[g, i]:
+                assert float(cut.size[g, i]) == len(members.get((g, i), [i]))
+
+
+def test_parts_learn_the_model_where_they_are_asked() -> None:
+    facts = Facts(24, 22, True, 1, False, 32, name="llm", projects=True)
+    known = vtc.method("cdpruner", clip="clip").on(facts).active_scorer
+    assert known == ClipRelevance("clip", "llm")
+    given_one = vtc.method("cdpruner", clip="clip", tokenizer="own").on(facts)
+    assert given_one.active_scorer == ClipRelevance("clip", "own")
+    inside = vtc.method("cdpruner", clip="clip", scorer=SinkFilter(dims=())).on(facts)
+    assert inside.active_scorer == SinkFilter(known, dims=())
+    unasked = vtc.method("cdpruner", clip="clip", selector="uniform")
+    assert unasked.on(facts) is unasked
+    assert vtc.method("fastervlm").on(facts) == vtc.method("fastervlm")
 
 
 def test_nothing_chooses_among_what_was_merged() -> None:
