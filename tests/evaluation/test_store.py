@@ -1,10 +1,12 @@
 """Cells on disk: given back as written, and not believed when anything about them is not whole."""
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -132,6 +134,15 @@ def test_what_takes_no_files_is_refused(tmp_path):
         with pytest.raises(VtcError, match=r"cannot be written .*expected a folder"):
             check_writable(out)
     assert place.read_text() == "mine"
+
+
+def test_what_may_not_be_looked_at_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(VtcError, match=r"cannot be written \(Permission denied\)"):
+        check_writable(tmp_path / "out")
 
 
 def test_a_full_disk_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -29,8 +29,8 @@ def check_writable(folder: Path) -> None:
         VtcError: it is a file, cannot be made or written, or its disk is full.
     """
     whole = folder.absolute()
-    existing = next(path for path in (whole, *whole.parents) if path.exists())
     try:
+        existing = next(path for path in (whole, *whole.parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0" * 4096)
             file.flush()
