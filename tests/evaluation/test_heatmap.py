@@ -37,6 +37,19 @@ def test_a_map_for_every_keep_with_the_number_of_questions(maps):
     assert all(heat.kinds == [("color", 2), ("count", 2)] for heat in maps)
 
 
+def test_kinds_may_be_called_like_the_ends_of_an_interval(samples_frame):
+    frame = samples_frame(CELLS)
+    before = table.tables(frame)[1]
+    # the first question has none
+    frame["kind"] = [{1: "low", 2: "high", 3: "high"}.get(i) for i in frame["doc_id"]]
+    rows = table.tables(frame)[1]
+    for name in ("accuracy", "accuracy_low", "accuracy_high"):
+        assert [row[name] for row in rows] == [row[name] for row in before]
+    heat, _ = heat_maps(frame, rows)
+    assert heat.kinds == [("high", 2), ("low", 1)]
+    assert texts(heat)["vtc_cls"] == ["0", "100"]
+
+
 def test_each_method_stands_once_under_its_first_policy(maps):
     assert texts(maps[0])["vtc_cls"] == ["100", "0"]
     assert texts(maps[1])["vtc_cls"] == ["50", "50"]

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vtc.evaluation.compression import FULL, RANDOM, build
 from vtc.evaluation.printed import name, percent
-from vtc.evaluation.rows import Row
+from vtc.evaluation.rows import Row, kind_column
 
 # a loss of so many points has the full shade
 _DEEPEST = 0.5
@@ -92,7 +92,7 @@ def rows_at(rows: Sequence[Row], keep: str, share: float) -> list[Row]:
 
 
 def _line(row: Row, full: Row, kinds: Sequence[tuple[str, int]]) -> Line:
-    keys = [f"accuracy_{kind}" for kind, _ in kinds]
+    keys = [kind_column(kind) for kind, _ in kinds]
     cells = [_cell(row.get(key), full.get(key)) for key in keys]
     return Line(
         name(row), percent(row["kept_fraction"], 1), percent(row["active_fraction"], 1), cells

@@ -56,10 +56,8 @@ def row_of(scores: Scores, part: pd.DataFrame) -> Row:
     row |= {"seed": int(seeds[0]) if len(seeds) == 1 else None, "seeds": len(seeds)}
     row["n"] = part["doc_id"].nunique()
     row |= interval_columns("accuracy", accuracy_interval(scores.mean(row)))
-    if pd.notna(first["kind"]):
-        row |= {
-            f"accuracy_{kind}": float(v) for kind, v in part.groupby("kind")["score"].mean().items()
-        }
+    kinds = part.groupby("kind")["score"].mean()
+    row |= {kind_column(kind): float(accuracy) for kind, accuracy in kinds.items()}
     files = {"cells": _distinct(part, "cell"), "times": _distinct(part, "timed_in")}
     return row | _cost(part) | _compared(scores, row) | files
 
@@ -113,6 +111,12 @@ def _compared(scores: Scores, row: Row) -> Row:
     pair = whole, scores.mean(smaller)
     found |= {"broken_n": int(broken(*pair).sum()), "broken_share": broken_share(*pair)}
     return found | interval_columns("broken_accuracy", broken_accuracy(own, *pair))
+
+
+def kind_column(kind: Any) -> str:
+    """The column of the accuracy on a kind of question; `accuracy_low` and `accuracy_high` are ends
+    of an interval, whatever kinds there are."""
+    return f"accuracy_of_{kind}" if kind in ("low", "high") else f"accuracy_{kind}"
 
 
 def interval_columns(name: str, interval: Interval | None) -> Row:
