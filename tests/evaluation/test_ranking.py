@@ -124,9 +124,16 @@ def said(samples_frame, given):
 def test_a_first_place_that_depends_on_the_budget_is_named(samples_frame):
     given = cells(vtc_cls=(47, 30, 20), todre=(46, 31, 20), random=(20, 15, 10))
     (line,), crossings = said(samples_frame, given)
-    assert line.endswith("(keep): vtc_cls at 0.5, todre at 0.25, vtc_cls at 0.125")
+    assert line.endswith("(keep): vtc_cls at 0.5, todre at 0.25, vtc_cls and todre at 0.125")
     # one question more or less is no crossing
     assert crossings == []
+
+
+def test_who_shares_the_first_place_is_first(samples_frame):
+    given = cells(vtc_cls=(47, 30, 20), todre=(47, 31, 20), random=(20, 15, 10))
+    assert said(samples_frame, given) == ([], [])
+    (line,), _ = said(samples_frame, cells(vtc_cls=(47, 30, 20), todre=(47, 31, 19)))
+    assert line.endswith("(keep): vtc_cls and todre at 0.5, todre at 0.25, vtc_cls at 0.125")
 
 
 def test_methods_that_beat_each_other_at_different_budgets_change_places(samples_frame):

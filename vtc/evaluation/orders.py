@@ -41,8 +41,8 @@ def best(ranking: Sequence[Row]) -> list[str]:
 
 
 def leaders(summary: Sequence[Row]) -> list[str]:
-    """One sentence for each model, task and policy in which not the same method is first at every
-    budget; by accuracy alone, whatever its significance."""
+    """One sentence for each model, task and policy in which no method is first, alone or with
+    others, at every budget; by accuracy alone, whatever its significance."""
     found: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for rows in _with_budgets(summary).values():
         for row in rows:
@@ -50,19 +50,25 @@ def leaders(summary: Sequence[Row]) -> list[str]:
             found.setdefault(world, {}).setdefault(row["keep"], []).append(row)
     said = []
     for (_, _, positions), budgets in found.items():
-        firsts = {
-            keep: max(rows, key=lambda row: row["accuracy"])
-            for keep, rows in budgets.items()
-            if len(rows) > 1
-        }
-        if len({row["label"] for row in firsts.values()}) > 1:
+        firsts = {keep: _firsts(rows) for keep, rows in budgets.items() if len(rows) > 1}
+        labels = [{row["label"] for row in rows} for rows in firsts.values()]
+        if labels and not set.intersection(*labels):
             first = next(iter(firsts.values()))
-            listed = ", ".join(f"{short(row['label'])} at {k}" for k, row in firsts.items())
+            listed = ", ".join(
+                f"{' and '.join(short(row['label']) for row in rows)} at {keep}"
+                for keep, rows in firsts.items()
+            )
             said.append(
-                f"which method is first{of_what(summary, first)} depends on the budget "
+                f"which method is first{of_what(summary, first[0])} depends on the budget "
                 f"({positions}): {listed}"
             )
     return said
+
+
+def _firsts(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the highest accuracy; means of as many answers may differ in their last digit."""
+    most = max(row["accuracy"] for row in rows)
+    return [row for row in rows if row["accuracy"] > most - 1e-9]
 
 
 def crossings(frame: pd.DataFrame, summary: Sequence[Row]) -> list[str]:
