@@ -13,7 +13,7 @@ from vtc.evaluation.printed import name, percent, points
 from vtc.evaluation.rows import Row
 
 DOWNSAMPLE = "downsample"
-_WORDS = {RANDOM: "Random tokens", DOWNSAMPLE: "A smaller picture"}
+_WORDS = {RANDOM: "A random choice", DOWNSAMPLE: "A smaller picture"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Verdict:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """What random tokens and a smaller picture beat at the same keep, and how clearly.
+    """What a random choice (of tokens, or of layers) and a smaller picture beat at the same keep, and
+    how clearly.
 
     Args:
         rows: of one model and task, seeds averaged.
