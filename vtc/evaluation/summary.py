@@ -34,7 +34,7 @@ class Verdict:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """What a random choice (of tokens, or of layers) and a smaller picture beat at the same keep, and
+    """What a random choice, of tokens or of layers, and a smaller picture beat at the same keep, and
     how clearly.
 
     Args:
