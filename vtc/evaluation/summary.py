@@ -34,8 +34,8 @@ class Verdict:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """What a random choice, of tokens or of layers, and a smaller picture beat at the same keep, and
-    how clearly.
+    """What a random choice, of tokens or of layers, and a smaller picture beat at the same keep,
+    and how clearly.
 
     Args:
         rows: of one model and task, seeds averaged.
