@@ -8,6 +8,7 @@ from PIL import Image
 
 from vtc.evaluation import figures, table
 from vtc.evaluation.groups import grouped
+from vtc.evaluation.panels import draw
 
 pytestmark = pytest.mark.eval
 
@@ -172,3 +173,16 @@ def test_the_front_is_drawn_where_something_was_timed(many):
     found = texts(figures.time_chart(many, {}).sheet()["svg"])
     assert found.count("Pareto front") == len(figures.time_chart(many, {}).panels)
     assert "Pareto front" not in texts(figures.active_chart(many, {}).sheet()["svg"])
+
+
+def test_the_front_ends_at_the_full_model_under_any_policy(summary):
+    from matplotlib.figure import Figure
+
+    times = {"ttft_ms": 9.0, "ttft_ratio_p20": 0.4, "ttft_ratio_p80": 0.6, "n_timed": 3}
+    shown = ("none", "keep"), ("vtc_cls", "renumber")
+    rows = [row for row in summary if (row["method"], row["positions"]) in shown]
+    chart = figures.time_chart([row | times | {"ttft_ratio": 0.5} for row in rows], {})
+    axes = Figure().subplots()
+    draw(axes, chart.panels[0], chart.axis, 6.0)
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "Pareto front"]
+    assert line.get_xdata().tolist() == [0.5, 1.0]

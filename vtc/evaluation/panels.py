@@ -174,7 +174,10 @@ def _full(axes: Any, full: Row, axis: Axis) -> None:
 
 def _front(axes: Any, panel: Panel, axis: Axis) -> None:
     """The best of all methods, those of other panels too."""
-    best = front([row for row in panel.rows if axis.policy in (None, row["positions"])])
+    # the full model has all tokens where they are, under any policy
+    best = front(
+        [r for r in panel.rows if r["method"] == FULL or axis.policy in (None, r["positions"])]
+    )
     x, y = [share_of_time(row) for row in best], [100 * row["accuracy"] for row in best]
     style = {"color": "black", "lw": 1.3, "alpha": 0.75, "zorder": 3.5}
     axes.plot(x, y, drawstyle="steps-post", label="Pareto front", **style)
