@@ -170,6 +170,8 @@ def _trace(commands: Any) -> None:
     p.add_argument("--keep", help="as in the table: 0.11, 64tok or adaptive")
     p.add_argument("--positions", choices=_POSITIONS)
     p.add_argument("--seed", help="the row of one seed instead of all averaged")
+    areas = "rows of the ranking (areas under curves) instead of the table's"
+    p.add_argument("--area", action="store_true", help=areas)
 
 
 def _calibrate(commands: Any) -> None:

@@ -142,6 +142,19 @@ def test_every_trace_finds_its_row_alone(page, swept, monkeypatch, capsys):
         assert traced["row"]["accuracy"] == row["accuracy"] and traced["differences"] == []
 
 
+def test_every_trace_of_an_area_finds_its_row_alone(page, swept, monkeypatch, capsys):
+    from vtc import cli
+
+    monkeypatch.chdir(swept.out)
+    (found,) = page.tables["ranks"]
+    for cells, row in list(zip(found[1:], swept.ranking, strict=True))[:2]:
+        program, *arguments = shlex.split(cells[-1].removeprefix("copy").strip())
+        assert program == "vtc"
+        assert cli.main([*arguments, "--json"]) == 0
+        (traced,) = json.loads(capsys.readouterr().out)
+        assert traced["row"]["area"] == row["area"] and traced["differences"] == []
+
+
 def test_the_ranking_is_that_of_the_result(page, swept):
     (found,) = page.tables["ranks"]
     assert [cells[:2] for cells in found[1:]] == [

@@ -11,7 +11,7 @@ from vtc.errors import InputError
 from vtc.evaluation import report, statistics, store
 from vtc.evaluation.ranking import ranking
 from vtc.evaluation.table import tables
-from vtc.evaluation.trace import trace
+from vtc.evaluation.trace import trace, trace_areas
 
 pytestmark = pytest.mark.eval
 
@@ -154,6 +154,33 @@ def test_a_number_that_was_changed_in_the_table_is_found(out, column, capsys):
     asked = ["--method", "vtc_cls", "--keep", "0.11", "--positions", "keep"]
     assert main(["trace", str(out), *asked]) == 1
     assert f"differs: {column}: {row[column]!r} in the table" in capsys.readouterr().out
+
+
+def test_every_area_is_computed_again_from_what_is_on_disk(out, swept, capsys):
+    found = trace_areas(out)
+    assert [one.row["label"] for one in found] == [row["label"] for row in swept.ranking]
+    assert not [gap for one in found for gap in one.differences]
+    asked = ["trace", str(out), "--area", "--method", "random", "--positions", "renumber"]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    (row,) = [
+        row
+        for row in rows_of(out, "ranking")
+        if (row["label"], row["positions"]) == ("random", "renumber")
+    ]
+    assert f"area = {row['area']}" in said
+    # two keeps, each with two seeds, and the full model
+    assert said.count(".samples.jsonl") == 5
+    assert said.endswith("computed again from the samples: 1 of 1 rows are the same\n")
+
+    content = json.loads((out / "table.json").read_text())
+    for one in content["ranking"]:
+        one["p_random_holm"] = one["p_random_holm"] and one["p_random_holm"] / 2
+    (out / "table.json").write_text(json.dumps(content))
+    assert main(["trace", str(out), "--area", "--method", "vtc_cls"]) == 1
+    assert "differs: p_random_holm: " in capsys.readouterr().out
+    assert main(["trace", str(out), "--area", "--keep", "0.11"]) == 2
+    assert "an area is over all keeps" in capsys.readouterr().err
 
 
 def test_samples_that_were_changed_are_refused(out):

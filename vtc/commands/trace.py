@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -16,14 +16,15 @@ _LINES, _WIDTH = 3, 160
 def run(args: argparse.Namespace) -> int:
     """Print the rows, their files and what differs; 1 if anything does."""
     require_extra()
-    from vtc.evaluation.trace import CHOICES, trace
+    from vtc.evaluation.printed import area_by_column, by_column
+    from vtc.evaluation.trace import CHOICES, trace, trace_areas
 
     wanted = {name: getattr(args, name) for name in CHOICES}
-    found = trace(args.out, **wanted)
+    found = (trace_areas if args.area else trace)(args.out, **wanted)
     if args.json:
         print(json.dumps([_as_json(one) for one in found], indent=2))
     else:
-        _show(found)
+        _show(found, area_by_column if args.area else by_column)
     return int(any(one.differences for one in found))
 
 
@@ -35,14 +36,11 @@ def _as_json(one: Any) -> dict[str, Any]:
     }
 
 
-def _show(found: Sequence[Any]) -> None:
-    from vtc.evaluation.printed import COLUMNS, cells
-
+def _show(found: Sequence[Any], said: Callable[[Any], Mapping[str, str]]) -> None:
     for one in found:
         row = one.row
         print(f"{row['model']}, {row['task']}, {row['n']} questions")
-        shown = zip(COLUMNS, cells(row), strict=True)
-        print("  " + "  ".join(f"{column}: {text}" for column, text in shown))
+        print("  " + "  ".join(f"{column}: {text}" for column, text in said(row).items()))
         if len(found) == 1:
             for name, value in row.items():
                 print(f"  {name} = {value}")

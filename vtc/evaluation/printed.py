@@ -60,6 +60,23 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def by_column(row: Row) -> dict[str, str]:
+    """A row of the summary as text, by column."""
+    return dict(zip(COLUMNS, cells(row), strict=True))
+
+
+def area_by_column(row: Row) -> dict[str, str]:
+    """A row of the ranking as text, by column; areas in percent of the full model's."""
+    area = "n/a" if row["area"] is None else f"{100 * row['area']:.1f}"
+    return {
+        "method": name(row),
+        "positions": row["positions"],
+        "area": f"{area} {interval(row, 'area', signed=False)}",
+        "vs random": tested(row, "random"),
+        "vs downsample": tested(row, "downsample"),
+    }
+
+
 def name(row: Row) -> str:
     """What a row's method is called; of a calibration file, only the name."""
     return "full model" if row["method"] == FULL else short(row["label"])

@@ -37,7 +37,8 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A method in the ranking: its area and how it compares, as text and as places on a scale."""
+    """A method in the ranking: its area and how it compares, as text and as places on a scale, and
+    how to trace it."""
 
     name: str
     value: str
@@ -49,6 +50,7 @@ class Ranked:
     low: float
     high: float
     simple: bool
+    trace: str
 
 
 @dataclass(frozen=True)
@@ -136,18 +138,20 @@ def ranking(ranked: Sequence[Row]) -> list[Ranked]:
     scale = [[100 * (v - low + pad) / (high - low + 2 * pad) for v in values] for values in ends]
     return [
         Ranked(
-            name=printed.name(row),
+            name=texts["method"],
             value=f"{100 * row['area']:.1f}",
-            said=f"{100 * row['area']:.1f} {printed.interval(row, 'area', signed=False)}",
+            said=texts["area"],
             at=at,
-            positions=row["positions"],
-            random=printed.tested(row, "random"),
-            downsample=printed.tested(row, "downsample"),
+            positions=texts["positions"],
+            random=texts["vs random"],
+            downsample=texts["vs downsample"],
             low=left,
             high=right,
             simple=row["label"] in BASELINES,
+            trace=shlex.join([*_traced(row), "--area", "--positions", row["positions"]]),
         )
         for row, (at, left, right) in zip(ranked, scale, strict=True)
+        for texts in (printed.area_by_column(row),)
     ]
 
 
@@ -157,11 +161,15 @@ def trace_command(row: Row) -> str:
     A method that names a file by its folder goes by its name alone: where the file lies is nobody
     else's business.
     """
-    named = row["label"] if printed.short(row["label"]) == row["label"] else row["method"]
-    words = ["vtc", "trace", ".", "--model", row["model"], "--task", row["task"], "--method", named]
+    words = _traced(row)
     if row["method"] != FULL:
         words += ["--keep", row["keep"], "--positions", row["positions"]]
     return shlex.join(words)
+
+
+def _traced(row: Row) -> list[str]:
+    named = row["label"] if printed.short(row["label"]) == row["label"] else row["method"]
+    return ["vtc", "trace", ".", "--model", row["model"], "--task", row["task"], "--method", named]
 
 
 def _ends(row: Row) -> tuple[float, float]:

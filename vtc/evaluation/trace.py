@@ -16,10 +16,11 @@ from typing import Any
 
 import pandas as pd
 
-from vtc.errors import InputError
+from vtc.errors import InputError, OptionError
 from vtc.evaluation.compression import FULL, Compression
+from vtc.evaluation.ranking import ranking
 from vtc.evaluation.rows import Row
-from vtc.evaluation.table import samples_frame, tables
+from vtc.evaluation.table import CURVE, pick, samples_frame, tables
 
 CHOICES = ("model", "task", "method", "keep", "positions", "seed")
 # the same samples give the same bits; another machine's sums may end in another digit
@@ -71,7 +72,54 @@ def trace(out: Path, **wanted: str | None) -> list[Traced]:
     """
     content = _table(out)
     by_seed = wanted.get("seed") is not None
-    stored: list[Row] = content["rows" if by_seed else "summary"]
+    rows = _chosen(out, content["rows" if by_seed else "summary"], wanted)
+    frame = _frame(out, _needed(content, rows))
+    found = {_key(row): row for row in tables(frame)[0 if by_seed else 1]}
+    return [Traced(row, _files(out, row), _differences(row, found.get(_key(row)))) for row in rows]
+
+
+def trace_areas(out: Path, **wanted: str | None) -> list[Traced]:
+    """Rows of a sweep's ranking, each computed again from the samples of all methods ranked with
+    it.
+
+    Args:
+        out: the sweep's folder.
+        wanted: as for `trace`; an area is over all keeps and seeds, so neither is taken.
+
+    Returns:
+        At least one, with the files of its own curve and of the full model.
+
+    Raises:
+        OptionError: a `keep` or a `seed` is given.
+        InputError: as `trace`.
+    """
+    for name in ("keep", "seed"):
+        if wanted.get(name) is not None:
+            raise OptionError(
+                f"{name}={wanted[name]!r} and an area, expected one or the other: an area is over "
+                "all keeps, its seeds averaged"
+            )
+    content = _table(out)
+    rows = _chosen(out, content["ranking"], wanted)
+    worlds = {(row["model"], row["task"]) for row in rows}
+    seeds, summary = (
+        [row for row in content[name] if (row["model"], row["task"]) in worlds]
+        for name in ("rows", "summary")
+    )
+    frame = _frame(out, seeds)
+    shares = [
+        {**row, "kept_fraction": float(pick(frame, {**row, "seed": None})["kept_fraction"].mean())}
+        for row in summary
+    ]
+    found = {_curve(row): row for row in ranking(frame, shares)}
+    return [
+        Traced(row, _files_of_curve(out, seeds, row), _differences(row, found.get(_curve(row))))
+        for row in rows
+    ]
+
+
+def _chosen(out: Path, stored: Sequence[Row], wanted: Mapping[str, str | None]) -> list[Row]:
+    """The rows that are wanted, at least one."""
     rows = [row for row in stored if _is_wanted(row, wanted)]
     if not rows:
         asked = " ".join(f"{k}={v}" for k, v in wanted.items() if v is not None)
@@ -80,9 +128,7 @@ def trace(out: Path, **wanted: str | None) -> list[Traced]:
             f"{out / 'table.json'} has no row with {asked or 'anything'}, expected one of its "
             f"own; methods: {known}"
         )
-    frame = _frame(out, _needed(content, rows))
-    found = {_key(row): row for row in tables(frame)[0 if by_seed else 1]}
-    return [Traced(row, _files(out, row), _differences(row, found.get(_key(row)))) for row in rows]
+    return rows
 
 
 def _table(out: Path) -> dict[str, Any]:
@@ -90,6 +136,7 @@ def _table(out: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_bytes())
         named = all("cells" in row for name in ("rows", "summary") for row in content[name])
+        named = named and "ranking" in content
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} cannot be read ({error}), expected the table of `vtc sweep --out {out}`"
@@ -179,6 +226,21 @@ def _files(out: Path, row: Row) -> tuple[Path, ...]:
     return tuple(
         samples_path(out / folder, cell) for folder in ("cells", "times") for cell in row[folder]
     )
+
+
+def _files_of_curve(out: Path, seeds: Sequence[Row], curve: Row) -> tuple[Path, ...]:
+    """The samples of a curve and of the full model, where it ends."""
+    return tuple(
+        samples_path(out / "cells", cell)
+        for row in seeds
+        if _curve(row) == _curve(curve)
+        or (row["method"] == FULL and _curve(row)[:2] == _curve(curve)[:2])
+        for cell in row["cells"]
+    )
+
+
+def _curve(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CURVE)
 
 
 def _key(row: Row) -> tuple[Any, ...]:
