@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -245,3 +246,25 @@ def test_no_call_is_left_out() -> None:
             with vtc.patch(model, name, keep, **options, **swap) as handle:
                 run(model, inputs, max_new_tokens=1)
             assert handle.report().method == name
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("evs", {"q": 1.5}, r"q=1\.5, expected a share in \[0, 1\]"),
+        ("fastv", {"k": 0}, "k=0, expected at least 1: no attention is known before layer 0"),
+        ("dart", {"text_pivots": -1}, "text_pivots=-1, expected at least 0"),
+        ("pact", {"reach": 0.5}, r"layer=4, reach=0\.5, expected at least 1 each"),
+        ("pyramiddrop", {"layers": (8, 8)}, r"layers=\(8, 8\), expected ascending numbers"),
+        ("pyramiddrop", {"layers": ()}, r"layers=\(\), expected ascending numbers"),
+        ("sparsevlm", {"layers": (6, 2, 15)}, r"layers=\(6, 2, 15\), expected three ascending"),
+        ("sink_removal", {"layer": 0}, "layer=0, expected at least 1"),
+        ("var", {"least": math.nan}, r"least=nan, expected a share in \[0, 1\]"),
+        ("yopo", {"window": 4}, "window=4, expected an odd number of at least 1"),
+        ("yopo", {"heads": 0.0}, r"heads=0\.0, expected a share in \(0, 1\]"),
+        ("ima_skip", {"interval": 0}, "interval=0, expected whole numbers of at least 1"),
+    ],
+)
+def test_what_an_option_cannot_be(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=f"^method '{name}' got {words}"):
+        vtc.method(name, **options)

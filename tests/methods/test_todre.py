@@ -89,7 +89,7 @@ def test_stage_2_alone_decides_how_much_is_kept() -> None:
         alone.check_keep(0.5)
     with pytest.raises(OptionError, match="scorer or selector, expected none"):
         todre(stage1=False, scorer="random")
-    with pytest.raises(OptionError, match="stage1=False and stage2=False"):
+    with pytest.raises(OptionError, match="stage1=False, stage2=False"):
         todre(stage1=False, stage2=False)
 
 

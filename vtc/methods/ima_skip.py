@@ -59,11 +59,8 @@ class ImaSkip(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if any(i < 1 for i in self._intervals):
-            raise OptionError(
-                f"method {self.name!r} got interval={self.interval!r}, expected whole numbers of "
-                "at least 1, or None to choose by keep"
-            )
+        wanted = "whole numbers of at least 1, or None to choose by keep"
+        self.expect(all(i >= 1 for i in self._intervals), wanted, "interval")
 
     @property
     def _intervals(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.calibration.data import Calibration
-from vtc.errors import OptionError, VtcError
+from vtc.errors import VtcError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.plans import LayerRule
 from vtc.scorers import Scorer, SinkNorm
@@ -61,11 +61,7 @@ class SinkRemoval(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1:
-            raise OptionError(
-                f"method {self.name!r} got layer={self.layer}, expected at least 1: no layer is "
-                "before layer 0"
-            )
+        self.expect(self.layer >= 1, "at least 1: no layer is before layer 0", "layer")
 
     @property
     def site(self) -> Site:  # type: ignore[override]  # the rest of the package only reads it

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtc import ops
-from vtc.errors import OptionError, SignalError
+from vtc.errors import SignalError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.scorers import Center, ClsAttention, Overview, RandomScores, Scorer
 from vtc.scorers.layer_rows import text_after
@@ -71,11 +71,8 @@ class ToDre(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.stage1 or self.stage2):
-            raise OptionError(
-                f"method {self.name!r} got stage1=False and stage2=False, expected at least one of "
-                "them: method 'none' is the one that keeps everything"
-            )
+        why = "method 'none' is the one that keeps everything"
+        self.expect(self.stage1 or self.stage2, f"one of them at least: {why}", "stage1", "stage2")
 
     @property
     def count(self) -> Count:  # type: ignore[override]  # the rest of the package only reads it

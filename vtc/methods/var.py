@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from vtc.calibration.data import Calibration
-from vtc.errors import OptionError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.plans import LayerPlan, LayerRule, Redistribution
 from vtc.scorers.sinks import first_layer, massive, sink_dims
@@ -67,11 +66,7 @@ class Var(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("rho", "p", "least"):
-            if not 0 <= getattr(self, option) <= 1:
-                raise OptionError(
-                    f"method {self.name!r} got {option}={getattr(self, option)}, expected a share "
-                    "in [0, 1]"
-                )
+            self.expect(0 <= getattr(self, option) <= 1, "a share in [0, 1]", option)
 
     @property
     def _composed(self) -> bool:

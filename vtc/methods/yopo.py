@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.calibration.data import Calibration, calibration_of
-from vtc.errors import OptionError, SignalError
+from vtc.errors import SignalError
 from vtc.methods.base import Exactness, Method, Site
 from vtc.plans import LayerPlan, LayerRule
 from vtc.sites import Facts, LayerView
@@ -67,15 +67,10 @@ class Yopo(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is not None and (self.window < 1 or self.window % 2 == 0):
-            raise OptionError(
-                f"method {self.name!r} got window={self.window}, expected an odd number of at "
-                "least 1, such as 5 for a neighborhood of 5×5, or None"
-            )
-        if not 0 < self.heads <= 1:
-            raise OptionError(
-                f"method {self.name!r} got heads={self.heads}, expected a share in (0, 1]"
-            )
+        odd = self.window is None or (self.window >= 1 and self.window % 2 == 1)
+        wanted = "an odd number of at least 1, such as 5 for a neighborhood of 5×5, or None"
+        self.expect(odd, wanted, "window")
+        self.expect(0 < self.heads <= 1, "a share in (0, 1]", "heads")
 
     @property
     def _composed(self) -> bool:
