@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -107,6 +108,11 @@ def test_what_is_wrong_is_one_error_with_file_and_key(written, text, message):
     said = str(caught.value)
     assert said.startswith(f"{file}: ") and "\n" not in said
     assert all(part in said for part in message.split(".*"))
+
+
+def test_folders_may_be_texts():
+    config = SweepConfig(out="a/b", include_path="c")
+    assert (config.out, config.include_path) == (Path("a/b"), Path("c"))
 
 
 def test_a_file_that_is_not_there(tmp_path):

@@ -92,6 +92,8 @@ class SweepConfig:
         _each(self, "layer_keeps", _share)
         _each(self, "positions", lambda policy: Compression("none", positions=policy))
         object.__setattr__(self, "out", Path(self.out))
+        if self.include_path is not None:
+            object.__setattr__(self, "include_path", Path(self.include_path))
 
     @property
     def model(self) -> str:
