@@ -138,3 +138,11 @@ def test_the_score_of_a_sample(metrics, metric, score):
 def test_no_score(metrics, metric):
     with pytest.raises(VtcError, match="task t gave no number for question 3"):
         flat_sample("t", sample(**metrics), metric)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), 87.5, -1])
+def test_what_is_no_share_of_a_right_answer_is_refused(score):
+    message = rf"gave accuracy={score} for question 3, expected a score from 0 to 1"
+    with pytest.raises(VtcError, match=message):
+        flat_sample("t", sample(accuracy=score, objects_f1=0.5))
+    assert flat_sample("t", sample(accuracy=score, objects_f1=0.5), "objects_f1")["score"] == 0.5

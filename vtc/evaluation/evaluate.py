@@ -177,7 +177,8 @@ def flat_sample(task: str, sample: Mapping[str, Any], metric: str | None = None)
         metric: the key of the score; None: the first number among the task's metrics.
 
     Raises:
-        VtcError: lmms-eval gave no number for this sample.
+        VtcError: lmms-eval gave no number for this sample, or one that is no share of a right
+            answer.
     """
     doc = sample.get("doc", {})
     return {
@@ -193,6 +194,7 @@ def flat_sample(task: str, sample: Mapping[str, Any], metric: str | None = None)
 
 
 _PREFERRED = ("accuracy", "exact_match", "score", "anls", "relaxed_overall")
+_ROUNDING = 1e-6
 _NOT_METRICS = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts")
 
 
@@ -203,6 +205,12 @@ def _score(task: str, sample: Mapping[str, Any], metric: str | None) -> float:
         # several stock tasks (POPE, MME) log a record with the score in it
         value = value.get("score") if isinstance(value, dict) else value
         if isinstance(value, (bool, int, float)):
+            # a share of right answers is made of these; a sum of thirds may end a little above 1
+            if not -_ROUNDING <= value <= 1 + _ROUNDING:
+                raise VtcError(
+                    f"task {task} gave {name}={value} for question {sample['doc_id']}, expected a "
+                    "score from 0 to 1; name another one as metric"
+                )
             return float(value)
     raise VtcError(
         f"task {task} gave no number for question {sample['doc_id']}, expected one per sample"
