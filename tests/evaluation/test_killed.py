@@ -50,26 +50,25 @@ def test_killed_three_times(sweep, model_name, tasks_folder, tmp_path, workers, 
     arguments = ["sweep", "--model", model_name, "--include-path", str(tasks_folder)]
     arguments += [*SETTINGS, "--workers", str(workers), "--out", str(out)]
     start = "import sys; from vtc.cli import main; sys.exit(main(sys.argv[1:]))"
-    ended = []
     for _ in range(3):
         before = finished(out)
-        process = subprocess.Popen(
-            [sys.executable, "-c", start, *arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+        with (tmp_path / "said").open("wb") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-c", start, *arguments],
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
         # somewhere behind the next one or two finished parts
         more = draw.randint(1, 2)
         while finished(out) < min(before + more, 2 * CELLS - 1) and process.poll() is None:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
-        ended.append(process.wait())
+        # or it failed, or was done before it could be killed
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "said").read_text()[-2000:]
         assert gone(process.pid), "a worker outlived its sweep"
-    # or it was done before it could be killed
-    assert set(ended) == {-signal.SIGKILL}
     assert finished(out) >= 3
 
     # with every part that is there taken as it is
