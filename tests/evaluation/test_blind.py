@@ -222,3 +222,10 @@ def test_a_sweep_refuses_a_method_that_peeks(sweep, tmp_path, monkeypatch):
     with pytest.raises(VtcError, match="method vtc_cls peeks"):
         sweep(tmp_path / "out")
     assert not list(Path(tmp_path / "out" / "cells").glob("*.json"))
+
+
+def test_each_method_is_told_when_it_has_answered(builds, task, file):
+    steps = []
+    methods = {"uniform": builds("uniform"), "random": builds("random")}
+    check_blind(methods, task, [file], count=1, step=steps.append)
+    assert steps == [*methods, *methods]

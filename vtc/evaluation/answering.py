@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -152,8 +152,10 @@ class Answering:
                 ) from error
         self._store(cell.model, times=True).save(self._times_settings(cell), {}, found)
 
-    def check_blind(self, cells: Sequence[Cell]) -> list[str]:
+    def check_blind(self, cells: Sequence[Cell], step: Callable[[str], object]) -> list[str]:
         """See that no method of the cells sees evidence: each once per model, where there is any.
+
+        `step` is called with a method's label twice for each.
 
         Returns:
             A sentence for each that can't be judged.
@@ -178,7 +180,7 @@ class Answering:
                 }
                 if last and with_evidence(task):
                     with quiet():
-                        notes += check_blind(last, task, files)
+                        notes += check_blind(last, task, files, step=step)
                     done |= {(model, label) for label in last}
         return notes
 

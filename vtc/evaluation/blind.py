@@ -40,6 +40,7 @@ def check_blind(
     task: Any,
     files: Sequence[Path] = (),
     count: int = QUESTIONS,
+    step: Callable[[str], object] = lambda name: None,
 ) -> list[str]:
     """See that methods decide the same whatever the evidence of their questions is.
 
@@ -49,6 +50,7 @@ def check_blind(
         files: of its questions (parquet); they are changed and changed back, so they must be the
             caller's own, and nobody else may read them meanwhile.
         count: questions of each method.
+        step: called with a method's name whenever it has answered them: twice for each.
 
     Returns:
         A sentence for each method that can't be judged, because it does not decide the same twice.
@@ -59,9 +61,17 @@ def check_blind(
     asked = with_evidence(task, count)
     if not asked:
         return []
-    before = {name: _seen(build(), task, asked) for name, build in methods.items()}
+
+    def seen() -> dict[str, Seen]:
+        found = {}
+        for name, build in methods.items():
+            found[name] = _seen(build(), task, asked)
+            step(name)
+        return found
+
+    before = seen()
     with other_evidence(files):
-        other = {name: _seen(build(), task, asked) for name, build in methods.items()}
+        other = seen()
     notes = []
     for name in methods:
         changed = [i for i, a, b in zip(asked, before[name], other[name], strict=True) if a != b]

@@ -13,6 +13,7 @@ from vtc.errors import InputError, OptionError, VtcError
 from vtc.evaluation import distributed, workers
 from vtc.evaluation.answering import Answering, Samples
 from vtc.evaluation.cells import Cell, left_out, plan, title
+from vtc.evaluation.compression import FULL
 from vtc.evaluation.config import KEEPS, TESTBED_TASK, SweepConfig
 from vtc.evaluation.evaluate import quiet, require_extra
 from vtc.evaluation.models import Models, short_names
@@ -153,7 +154,16 @@ def _check_blind(answering: Answering, cells: Sequence[Cell]) -> list[str]:
     """Once for each method that still has something to answer, before anybody reads questions."""
     with distributed.first_before_others():
         todo = [cell for cell in cells if answering.answered(cell) is None]
-        return answering.check_blind(todo) if distributed.is_first() else []
+        if not distributed.is_first():
+            return []
+        own = {(c.model, c.compression.label) for c in todo if c.compression.method != FULL}
+        with _bar("blindness", 2 * len(own), "check") as bar:
+
+            def step(label: str) -> None:
+                bar.set_postfix_str(label)
+                bar.update()
+
+            return answering.check_blind(todo, step)
 
 
 def _answer(config: SweepConfig, answering: Answering, cells: Sequence[Cell]) -> int:
@@ -200,9 +210,9 @@ def _finish(answering: Answering, cells: Sequence[Cell]) -> list[tuple[Cell, Sam
     return found
 
 
-def _bar(what: str, total: int) -> Any:
+def _bar(what: str, total: int, unit: str = "cell") -> Any:
     hidden = not total or not distributed.is_first()
-    return tqdm(total=total, desc=what, unit="cell", dynamic_ncols=True, disable=hidden)
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, disable=hidden)
 
 
 def _report(
