@@ -133,13 +133,36 @@ def markdown(rows: Sequence[Row]) -> str:
     commits = ", ".join(sorted({row["commit"] for row in rows}))
     text = [f"Milliseconds of choice (median, 20th to 80th percentile); {about}; {commits}.", ""]
     text += [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *lines)]
+    return "\n".join([*text, "", *_above(rows), ""])
+
+
+def _above(rows: Sequence[Row]) -> list[str]:
+    """A line for each time above the limit, with the reason that its own report gave."""
     slow = [r for r in rows if r.get("selector_ms", 0) > LIMIT_MS]
-    text += ["", f"Above {LIMIT_MS} ms: " + (", ".join(map(_told, slow)) or "none") + "."]
-    return "\n".join([*text, ""])
+    if not slow:
+        return [f"None is above {LIMIT_MS} ms."]
+    lines = [["above " + str(LIMIT_MS) + " ms", "model", "path", "ms", "why"]]
+    for row in slow:
+        ms = f"{row['selector_ms']:.1f}"
+        lines.append([row["method"], row["model"], row["path"], ms, reason(row, rows)])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _told(row: Row) -> str:
-    return f"`{row['method']}` ({row['model']}, {row['path']}, {row['selector_ms']:.1f})"
+def reason(row: Row, rows: Sequence[Row]) -> str:
+    """Why a choice takes long, from what was measured: what is not captured is launched step by
+    step by the host, and the report says why it is not."""
+    if row["path"] == "eager":
+        same = (r for r in rows if (r["method"], r["model"]) == (row["method"], row["model"]))
+        fast = next((r for r in same if r["path"] != "eager" and "selector_ms" in r), None)
+        least = f": captured as far as it can be, {fast['selector_ms']:.2f} ms" if fast else ""
+        return f"launched one operation at a time{least}"
+    said = row.get("fast") or {}
+    for part in ("selection", "prefill"):
+        why = str(said.get(part, "cuda")).split("; then ")[-1]
+        if why not in ("cuda", "not run"):
+            return f"not captured: {why.removeprefix('it cannot be captured: ')}"
+    return "captured whole; the work itself takes that long"
 
 
 if __name__ == "__main__":

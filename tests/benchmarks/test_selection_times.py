@@ -41,8 +41,42 @@ def test_what_is_slow_is_named(load: Callable[[str], Any]) -> None:
         about | {"method": "left", "failed": "refused", "reason": "why"},
     ]
     text = load("selection_times").markdown(rows)
-    assert text.splitlines()[-1] == "Above 5 ms: `slow` (llava-1.5-7b, eager, 6.5)."
+    (line,) = [line for line in text.splitlines() if line.startswith("| slow | llava-1.5-7b |")]
+    assert line == "| slow | llava-1.5-7b | eager | 6.5 | launched one operation at a time |"
     assert "| left | refused | – | – | – |" in text
+
+
+@pytest.mark.parametrize(
+    ("fast", "why"),
+    [
+        ({"selection": "it reads", "prefill": "cuda"}, "not captured: it reads"),
+        (
+            {"selection": "cuda", "prefill": "cuda up to layer 6; then it looks"},
+            "not captured: it looks",
+        ),
+        ({"selection": "cuda", "prefill": "cuda"}, "captured whole; the work itself takes"),
+    ],
+)
+def test_why_it_is_slow_is_what_its_report_said(
+    load: Callable[[str], Any], fast: dict[str, str], why: str
+) -> None:
+    row = {"method": "slow", "model": "a", "path": "fast", "selector_ms": 6.5, "fast": fast}
+    launched = {"method": "slow", "model": "a", "path": "eager", "selector_ms": 9.5}
+    reason = load("selection_times").reason
+    assert reason(row, [row, launched]).startswith(why)
+    assert reason(launched, [row, launched]).endswith("captured as far as it can be, 6.50 ms")
+
+
+def test_every_time_above_the_limit_has_its_reason(load: Callable[[str], Any]) -> None:
+    script = load("selection_times")
+    rows = read(script.RESULTS / "rows.jsonl")
+    table = (script.RESULTS / "selection.md").read_text()
+    assert table == script.markdown(rows)
+    slow = [r for r in rows if r.get("selector_ms", 0) > script.LIMIT_MS]
+    assert slow
+    for row in slow:
+        start = f"| {row['method']} | {row['model']} | {row['path']} | {row['selector_ms']:.1f} | "
+        assert start in table
 
 
 def test_every_method_that_chooses_tokens_is_measured(load: Callable[[str], Any]) -> None:
