@@ -77,7 +77,10 @@ def check_blind(
         changed = [i for i, a, b in zip(asked, before[name], other[name], strict=True) if a != b]
         if not changed:
             continue
-        if _seen(methods[name](), task, asked) != before[name]:
+        again = _seen(methods[name](), task, asked)
+        with other_evidence(files):
+            other_again = _seen(methods[name](), task, asked)
+        if (again, other_again) != (before[name], other[name]):
             notes.append(
                 f"{name} does not decide the same twice on the same questions, so whether it sees "
                 "evidence can't be told"

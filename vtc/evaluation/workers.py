@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -99,11 +100,19 @@ def _start(given: tuple[Any, ...], threads: int, workers: int, parent: int) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+    _may_grow()
     from vtc.evaluation.answering import Answering
 
     config, sources, include, fingerprints = given
     models = Models(sources, config.device, config.dtype)
     _answering = Answering(config, models, include, fingerprints, share=1 / workers)
+
+
+def _may_grow() -> None:
+    """Stay, with what encoders gave: loky takes 300 MB more for a leak and ends the process."""
+    from joblib.externals.loky import process_executor
+
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize
 
 
 def _end_with(parent: int) -> None:
