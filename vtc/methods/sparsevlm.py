@@ -41,7 +41,7 @@ class SparseVlm(LayerCuts):
     the end with their clusters: what is called 64, 96, 128 and 192 is keep = 18, 27, 39 and 113 of
     576 (`"plus"`: 20, 28, 60, 118). These names are averages over layers if layers 2, 6 and 15
     count as cut already; the layers run in full in the code, so that `budget="layer_mean"` is
-    about 10 more there.
+    14 to 18 more there.
 
     Code and paper: no count adapts to the rank of attention in the code. Its clusters stand behind
     the kept tokens and positions are renumbered (`"plus"`: kept); here a cluster stands at its
