@@ -141,9 +141,11 @@ def _placed(model: Any, family: str, part: Inputs) -> Prompt:
 
 
 def _conversation(a: Prompt, answer: Tensor, b: Prompt) -> Prompt:
-    """Where things stand in the whole; sinks are looked for in turns with pictures, and text is
-    behind the last visual token that there was when it was read."""
+    """Where things stand in the whole; sinks are looked for in turns with pictures, row by row, and
+    text is behind the last visual token that there was when it was read: the last token of an
+    answer is read with the next turn."""
     middle = torch.zeros_like(answer, dtype=torch.bool)
+    late = middle[:, -1:]
     seen, again = (part.visual.any(-1, keepdim=True) for part in (a, b))
     parts = a.cells.amax() + 1
     cells = torch.where(b.visual[..., None], b.cells + parts * torch.tensor([1, 0, 0]), b.cells)
@@ -151,8 +153,10 @@ def _conversation(a: Prompt, answer: Tensor, b: Prompt) -> Prompt:
     return Prompt(
         torch.cat([a.visual, middle, b.visual], 1),
         torch.cat([a.cells, between, cells], 1),
-        torch.cat([a.written, middle, b.written], 1),
-        torch.cat([a.behind, seen | middle, b.behind | (seen & ~again)], 1),
+        torch.cat([a.written & seen, middle[:, 1:], again | late, b.written & again], 1),
+        torch.cat(
+            [a.behind, seen | middle[:, 1:], seen & ~again | late, b.behind | (seen & ~again)], 1
+        ),
     )
 
 
