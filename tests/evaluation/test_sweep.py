@@ -192,7 +192,9 @@ def test_the_command_prints_the_table_or_json(
     assert f"table   {out / 'table.csv'}" in printed and f"samples {out / 'cells'}" in printed
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, pytest.param(errno.EROFS, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_takes_no_more_loses_no_finished_cell(
     sweep, uninterrupted, tmp_path, runs, monkeypatch, number
 ):
@@ -328,7 +330,7 @@ def test_a_failure_in_a_worker_is_the_same_error(sweep, broken_tasks, tmp_path):
         sweep(tmp_path / "out", workers=2, include_path=broken_tasks)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_questions_that_were_not_timed_have_no_times(sweep, tmp_path, batch_size):
     # with batches of two, the third is alone in its call
     given = {"questions": 3, "batch_size": batch_size}

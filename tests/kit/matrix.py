@@ -41,10 +41,10 @@ BOTH = "image and video, video, text only"
 # the prompts of the default run; one of one row each for what takes one row, and where a family
 # or method refuses the others
 WIDE = ("batch 1", MIXED, BOTH)
-# a family of each lineage is run in full by default
-FULL = ("llava_next", "qwen3_vl", "internvl")
+# run in full by default: an encoder of crops and a packed one; the others pairwise, in CI's time
+FULL = ("llava_next", "qwen3_vl")
 # methods that only compose what others of their site run in full, see `cells`: scores before the
-# LLM, sums of encoder features, cuts and merges between decoder layers
+# LLM, sums of encoder features, cuts in the encoder and between decoder layers, and merges there
 COMPOSED_ONLY = frozenset(
     [
         "cdpruner",
@@ -57,6 +57,7 @@ COMPOSED_ONLY = frozenset(
         "holov",
         "mmtok",
         "paint",
+        "pixelprune",
         "prumerge",
         "prumerge_plus",
         "pyramiddrop",

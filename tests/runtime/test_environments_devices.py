@@ -23,6 +23,7 @@ from vtc.adapters.registry import adapter_of
 from vtc.errors import UnsupportedModeError
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "internvl")
+SLOW = [pytest.mark.slow]
 # the last layer drops all visual tokens under any tau above 1
 METHODS: dict[str, tuple[float | None, dict[str, Any]]] = {
     "vtc_cls": (0.4, {}),
@@ -134,7 +135,13 @@ def placed(model: Any, split: str, first: torch.device, second: torch.device) ->
     "family, split",
     # the second split cuts the LLM in two as well
     [("llava", "encoder | LLM"), ("qwen3_vl", "encoder | LLM")]
-    + [(family, "inside the encoder") for family in FAMILIES],
+    + [
+        # tower and LLM are cut at once; a run of each kind of tower by default
+        pytest.param(
+            family, "inside the encoder", marks=[] if family in ("llava", "qwen2_5_vl") else SLOW
+        )
+        for family in FAMILIES
+    ],
 )
 def test_spread_over_two_devices(
     family: str, split: str, devices: tuple[torch.device, torch.device]
