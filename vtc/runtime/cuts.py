@@ -167,9 +167,6 @@ class EncoderCuts:
     def _view(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> BlockView:
         """What is left of every row, as a block saw it that gave `hidden`."""
         run = layout.run
-        if block < 0:
-            return self._first_view(layout, hidden)
-        queries, keys, values, scales = zip(*self._seen, strict=True)
         return BlockView(
             block=block,
             tap=self.encoder.tap,
@@ -180,43 +177,35 @@ class EncoderCuts:
             tokens=tuple(v.tokens for v in run.visuals),
             rows=tuple(v.rows for v in run.visuals),
             has_cls=self.encoder.has_cls,
-            query=layout.assembled(list(queries)),
-            key=layout.assembled(list(keys)),
-            value=layout.assembled(list(values)),
-            scale=scales[0],
             carry={name: x.to(hidden.device) for name, x in self._carry.items()},
             video=tuple(v.video for v in run.visuals),
             image_key=_row_keys(run, self._drawing[0]),
             seed=self._drawing[1],
+            **(self._pixels(layout, hidden) if block < 0 else self._attention(layout)),
         )
 
-    def _first_view(self, layout: RowLayout | PackedLayout, hidden: Tensor) -> BlockView:
-        """All units of every row, in front of the first block."""
+    def _attention(self, layout: RowLayout | PackedLayout) -> dict[str, Any]:
+        """What the attention of the last block computed with."""
+        queries, keys, values, scales = zip(*self._seen, strict=True)
+        return {
+            "query": layout.assembled(list(queries)),
+            "key": layout.assembled(list(keys)),
+            "value": layout.assembled(list(values)),
+            "scale": scales[0],
+        }
+
+    def _pixels(self, layout: RowLayout | PackedLayout, hidden: Tensor) -> dict[str, Any]:
+        """What there is in front of the first block: pixels, and nothing of attention."""
         run, rows = layout.run, len(layout.valid)
         whole = self.adapter.pixels(run.inputs, self._visuals)
-        own = [whole[i] for i in run.members]
         places = int(self.encoder.has_cls) + layout.full * layout.m
         nothing = hidden.new_zeros(rows, 0, places, 0)
-        return BlockView(
-            block=-1,
-            tap=self.encoder.tap,
-            valid=layout.reaching,
-            index=layout.index,
-            units=layout.reachable,
-            image=run.image - run.members[0],
-            tokens=tuple(v.tokens for v in run.visuals),
-            rows=tuple(v.rows for v in run.visuals),
-            has_cls=self.encoder.has_cls,
-            query=nothing,
-            key=nothing,
-            value=nothing,
-            scale=1.0,
-            carry={},
-            video=tuple(v.video for v in run.visuals),
-            seed=self._drawing[1],
-            pixels=layout.unit_pixels(own).to(hidden.device),
-            cells=layout.unit_cells(),
-        )
+        return {
+            **dict.fromkeys(("query", "key", "value"), nothing),
+            "scale": 1.0,
+            "pixels": layout.unit_pixels([whole[i] for i in run.members]).to(hidden.device),
+            "cells": layout.unit_cells(),
+        }
 
     def _decided(self, layout: RowLayout | PackedLayout, block: int, hidden: Tensor) -> Tensor:
         view = self._view(layout, block, hidden)

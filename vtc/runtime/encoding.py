@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtc.errors import InputError
 from vtc.runtime.clock import Clock
+from vtc.runtime.encodings import digest
 from vtc.runtime.images import Images
 from vtc.runtime.short import Short
 from vtc.types import Selection
@@ -75,7 +76,8 @@ def stock_inputs(
     given = {k: v for k, v in inputs.items() if k in names and v is not None}
     encodings = None if session.tower.cutting(images, session.budget) else session.encodings
     if encodings is not None:
-        encoding = encodings.find(given, session.tower.signals.needed)
+        key = digest(given)
+        encoding = encodings.find(key, session.tower.signals.needed)
         if encoding is not None:
             session.recall(images, inputs, encoding.found)
             clock.mark("encoded")
@@ -93,7 +95,7 @@ def stock_inputs(
     except _Captured as captured:
         clock.mark("encoded")
         if encodings is not None:
-            encodings.add(given, captured.kwargs, session.tower.signals.found)
+            encodings.add(key, captured.kwargs, session.tower.signals.found)
         return captured.kwargs
     finally:
         hook.remove()

@@ -45,14 +45,13 @@ class Encodings:
         self.limit, self.bytes = limit, 0
         self._held: dict[bytes, Encoding] = {}
 
-    def find(self, inputs: Mapping[str, Any], needed: set[tuple[int, str]]) -> Encoding | None:
-        """What inputs came to, if all that is needed was read off the encoder then."""
-        held = self._held.get(_digest(inputs) or b"")
+    def find(self, key: bytes | None, needed: set[tuple[int, str]]) -> Encoding | None:
+        """What inputs came to, by their `digest`, if all that is needed was read off then."""
+        held = None if key is None else self._held.get(key)
         return held if held is not None and needed <= held.found.keys() else None
 
-    def add(self, inputs: Mapping[str, Any], kwargs: dict[str, Any], found: Found) -> None:
+    def add(self, key: bytes | None, kwargs: dict[str, Any], found: Found) -> None:
         """Hold what inputs came to; behind an earlier call with them, what was read off since."""
-        key = _digest(inputs)
         if key is None or not all(_is_plain(value) for value in kwargs.values()):
             return
         held = self._held.get(key)
@@ -76,7 +75,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (Tensor, bool, int, float, str))
 
 
-def _digest(inputs: Mapping[str, Any]) -> bytes | None:
+def digest(inputs: Mapping[str, Any]) -> bytes | None:
     """A number for the bits of all inputs; None: there is more among them than tensors."""
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(inputs):
