@@ -222,7 +222,9 @@ def test_pairs_conserve_the_sum_over_all_they_stand_for(
     amounts = torch.tensor([data.draw(st.integers(0, n - 1)) for n in sizes])
     draw = torch.Generator().manual_seed(seed)
     size = torch.randint(1, 9, valid.shape, generator=draw).float()
-    keep, into, weight, grown = merged_pairs(tokens.features, valid, amounts, size)
+    keep, into, weight, grown = merged_pairs(
+        tokens.features, valid, amounts, size, torch.tensor(sizes)
+    )
     assert keep.sum(1).tolist() == [n - int(a) for n, a in zip(sizes, amounts, strict=True)]
     at = into[..., None].expand_as(x)
     merged = torch.zeros_like(x).scatter_add(1, at, x * weight[..., None])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from vtc.errors import SignalError
 from vtc.mergers import merged_pairs
@@ -67,11 +68,17 @@ class ToMe(Method):
     def encoder_cut(self, view: BlockView, budget: Budget) -> Cut:
         """Merge so many pairs that the same number in each block to come leaves T."""
         size = view.carry.get("size", torch.ones(view.valid.shape, device=view.valid.device))
-        left, targets = view.valid.sum(-1), row_targets(view, budget).to(view.valid.device)
-        amount = -((targets - left).clamp_max(0) // (view.tap - view.block))  # rounded up
+        left, targets = view.units, row_targets(view, budget)
+        for block in range(view.block + 1):  # what earlier blocks left, without asking the device
+            left = left - (amount := _amount(left, targets, view.tap - block))
         if not bool(amount.any()):
             return Cut(None, {"size": size})
         keys = view.key[:, :, int(view.has_cls) :].float().mean(1)  # [R, U·m, d]
         metric = keys.unflatten(1, (view.valid.shape[1], view.patches)).mean(2)
-        keep, into, weight, grown = merged_pairs(metric, view.valid, amount, size)
+        keep, into, weight, grown = merged_pairs(metric, view.valid, amount, size, left + amount)
         return Cut(keep, {"size": grown}, into, weight, grown if self.proportional else None)
+
+
+def _amount(left: Tensor, targets: Tensor, cuts: int) -> Tensor:
+    """Pairs of each row to merge now, as many in each of so many cuts, rounded up."""
+    return -((targets - left).clamp_max(0) // cuts)

@@ -32,3 +32,8 @@ def bipartite_matches(metric: Tensor, valid: Tensor, amounts: Tensor) -> Tensor:
     chosen = ops.topk_mask(best.masked_fill(~able, float("-inf")), able, possible)
     place = torch.arange(valid.shape[1], device=valid.device).expand_as(partner)
     return torch.where(chosen, partner, place)
+
+
+def most_pairs(counts: Tensor) -> Tensor:
+    """Pairs that can be had of rows of so many tokens."""
+    return torch.where(counts > 1, (counts + 1) // 2, 0)
