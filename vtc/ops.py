@@ -127,6 +127,7 @@ def causal_rows(
     return out / rows.sum(-1).clamp_min(1)[:, None, None]
 
 
+@accelerated
 def causal_mass(
     q: Tensor,
     k: Tensor,
@@ -147,7 +148,8 @@ def causal_mass(
         onto: `bool[B, S]`, the entries attended to.
 
     Returns:
-        `float32[B]`; 0 where a batch row has no such entries.
+        `float32[B]`; 0 where a batch row has no such entries. NaN where one of them that is behind
+        one of the others sees nothing: none does whose own key is valid, as `rows` within `mask`.
     """
     seeing, past = rows & (onto.cumsum(-1) > 0), k.shape[2] - q.shape[2]
     shares = causal_rows(q, k, scale, mask, seeing, held).mean(1)[:, past:]
