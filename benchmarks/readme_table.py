@@ -33,6 +33,7 @@ TARGETS = ("vtc_cls", "todre", "flowcut")
 HEADLINES = {
     "attention_rows": "ViT-L block, 5 crops",
     "attention_received": "16,384 tokens, 16 heads",
+    "causal_mass": "Llama layer, 1 × 2,979 entries",
     "greedy_diverse": "max_sum, 2,880 → 640",
     "greedy_map": "576 → 64",
     "group_topk": "32 × 2,880 → 320",

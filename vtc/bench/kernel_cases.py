@@ -89,6 +89,16 @@ def received(b: int, h: int, n: int, d: int, device: torch.device) -> Given:
     return Given((q, k, scale, valid), partial(ways.map_received, q, k, scale), work)
 
 
+def mass(b: int, h: int, n: int, text: int, d: int, device: torch.device) -> Given:
+    """The last entries onto those between them and the first 35, as text behind an image."""
+    q, k = _heads(device, b, h, n, d)
+    at, scale = torch.arange(n, device=device).expand(b, -1), d**-0.5
+    rows, onto = at >= n - text, (at >= min(35, n // 4)) & (at < n - text)
+    given = (q, k, scale, torch.ones_like(rows), rows, onto)
+    work = Work(2 * b * h * (n + text) * d + 3 * b * n, 2 * b * h * text * n * d)
+    return Given(given, partial(ways.map_mass, q, k, scale, rows, onto), work)
+
+
 def diverse(objective: Objective, g: int, n: int, keep: int, d: int, device: torch.device) -> Given:
     """Features read once, inner products with the chosen."""
     features = _low(_normal(device, g, n, d))
@@ -177,6 +187,15 @@ def _real() -> list[Case]:
     found += [
         Case("attention_received", name, _MAP, partial(received, *s)) for name, s in every.items()
     ]
+    found += [
+        Case(
+            "causal_mass",
+            f"Llama layer, {b} × {n:,} entries",
+            _MAP,
+            partial(mass, b, 32, n, 64, 128),
+        )
+        for b, n in [(1, 675), (8, 675), (1, 2979)]
+    ]
     budgets = [(1, 576, 64), (1, 576, 192), (8, 576, 64), (1, 2880, 288), (1, 2880, 640)]
     objectives: tuple[Objective, ...] = ("k_center", "max_sum")
     found += [
@@ -213,6 +232,7 @@ def _tiny() -> list[Case]:
     return [
         Case("attention_rows", "tiny", _MAP, partial(rows, 2, 2, 17, 16)),
         Case("attention_received", "tiny", _MAP, partial(received, 2, 2, 17, 16)),
+        Case("causal_mass", "tiny", _MAP, partial(mass, 2, 2, 24, 5, 16)),
         _loop("greedy_diverse", (2, 24, 5), partial(diverse, "k_center", 2, 24, 5, 16), "tiny, "),
         _loop("greedy_map", (2, 24, 5), partial(determinant, 2, 24, 5, 32), "tiny, "),
         Case("group_topk", "tiny", "topk and sort", partial(topk, 3, 24, 5)),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vtc import ops
 
-_FLOATS = ("attention_rows", "attention_received", "group_merge")
+_FLOATS = ("attention_rows", "attention_received", "causal_mass", "group_merge")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
-def full_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def full_map(q: Tensor, k: Tensor, scale: float, causal: bool = False) -> Tensor:
     """What `output_attentions=True` makes, `[B, H, N, N]`: softmax in float32, kept in the model's
     dtype (transformers' eager attention)."""
-    return (q @ k.transpose(-1, -2) * scale).softmax(-1, dtype=torch.float32).to(q.dtype)
+    logits = q @ k.transpose(-1, -2) * scale
+    if causal:
+        later = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        logits = logits.masked_fill(later, float("-inf"))
+    return logits.softmax(-1, dtype=torch.float32).to(q.dtype)
 
 
 def map_rows(q: Tensor, k: Tensor, scale: float, rows: int) -> Tensor:
@@ -24,6 +28,14 @@ def map_rows(q: Tensor, k: Tensor, scale: float, rows: int) -> Tensor:
 def map_received(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """The full map averaged over heads, then over queries."""
     return full_map(q, k, scale).mean(1).mean(1)
+
+
+def map_mass(q: Tensor, k: Tensor, scale: float, rows: Tensor, onto: Tensor) -> Tensor:
+    """The full causal map averaged over heads, then the sum from some entries to others, averaged
+    over the former."""
+    shares = full_map(q, k, scale, causal=True).mean(1)
+    mass = shares.masked_fill(~onto[:, None], 0).sum(-1).masked_fill(~rows, 0)
+    return mass.sum(-1) / rows.sum(-1)
 
 
 def greedy_loop(
