@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -13,6 +14,13 @@ from hypothesis import settings
 # a busy machine is not a failed property
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: looks for garbage need not go through all of torch again."""
+    gc.collect()
+    gc.freeze()
+
 
 IMAGE, PAD, EOS = 90, 0, 1
 GRID = 6  # 6×6 patches per image

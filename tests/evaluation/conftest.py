@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,19 @@ def offline(tmp_path_factory):
 
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_stay(offline):
+    """What tables and sweeps import is there from now on, as what tests import is after collection:
+    statsmodels looks for garbage at every correction of p-values."""
+    from vtc.evaluation.evaluate import quiet
+
+    with quiet():
+        for name in ("lmms_eval.evaluator", "matplotlib.pyplot", "statsmodels.stats.multitest"):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
