@@ -151,7 +151,7 @@ def widened(selection: Selection, left: Selection) -> Selection:
     def original(token: Tensor) -> Tensor:
         return torch.where(token < 0, token, index.gather(1, token.clamp_min(0)))
 
-    positions = selection.slot_positions
+    positions = selection.positions
     merge, scores = selection.merge, selection.scores
     if merge is not None:
         merge = (merge[0], original(merge[1]).masked_fill(merge[2] == 0, 0), merge[2])
@@ -168,7 +168,7 @@ def widened(selection: Selection, left: Selection) -> Selection:
         parent=left.parent,
         grid=left.grid,
         scores=scores,
-        positions=original(positions),
+        positions=None if positions is None else original(positions),
         merge=merge,
         parts=left.parts,
         merged=selection.merged,

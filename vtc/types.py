@@ -277,6 +277,7 @@ class Selection:
         grid: `(t, h, w)` of the original tokens of each group, as in `Tokens`.
         scores: `float32[G, N]`, higher = keep, or None.
         positions: `int64[G, S]`: the original token whose position id a slot takes; −1: empty slot.
+            None: slots are the kept tokens, each at its own position.
         merge: None, or the sparse triple `(slot, token, weight)`, each `[G, P]`: slots named there
             are weighted sums of tokens instead of copies; weight 0 is padding.
         parts: the grids of the parts of each group, as in `Tokens`; None: each is its one grid.
@@ -296,11 +297,6 @@ class Selection:
     parts: tuple[tuple[tuple[int, int, int], ...], ...] | None = None
     merged: Literal["llm", "encoder"] = "llm"
     sends_cls: bool = False
-
-    def __post_init__(self) -> None:
-        if self.positions is None:
-            positions = self.keep.clamp_min(0).masked_fill(~self.valid, -1)
-            object.__setattr__(self, "positions", positions)
 
     @classmethod
     def everything(
@@ -339,10 +335,17 @@ class Selection:
             keep, valid, tuple(lengths), parent.cpu(), tuple(grid), scores=scores, parts=parts
         )
 
-    @property
+    @cached_property
     def slot_positions(self) -> Tensor:
         """`positions`, never None: `int64[G, S]`, −1 where a slot is empty."""
-        return self.positions  # type: ignore[return-value]
+        if self.positions is not None:
+            return self.positions
+        return self.keep.clamp_min(0).masked_fill(~self.valid, -1)
+
+    @property
+    def width(self) -> int:
+        """S, empty slots counted."""
+        return (self.keep if self.positions is None else self.positions).shape[1]
 
     @property
     def slots(self) -> Tensor:
@@ -353,7 +356,7 @@ class Selection:
     def is_identity(self) -> bool:
         """Whether every token is kept and nothing is merged or appended."""
         # told by shapes where they can tell: on a GPU reading numbers waits for the encoder
-        if self.slot_positions.shape[1] < max(self.lengths, default=0):
+        if self.width < max(self.lengths, default=0):
             return False
         return (
             self.merge is None

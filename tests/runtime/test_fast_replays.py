@@ -64,6 +64,25 @@ def prepared(fast: Any = "eager", method: str = "vtc_cls", keep: Any = 0.4) -> t
     return model, inputs, vtc.patch(model, method, keep, fast=fast)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["vtc_cls", "todre"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_logits_of_texts_of_one_bucket(family: str, method: str) -> None:
+    model = build_model(family)
+    inputs = [build_inputs(family, [[4, "image", n], [2, "image", 3]]) for n in (5, 5, 9, 2)]
+    with vtc.patch(model, method, 0.4):
+        want = [model(**given).logits for given in inputs]
+    with vtc.patch(model, method, 0.4, fast="eager") as handle:
+        for given, logits in zip(inputs, want, strict=True):
+            attended = given["attention_mask"][..., None]
+            torch.testing.assert_close(
+                model(**given).logits * attended, logits * attended, atol=2e-5, rtol=1e-4
+            )
+        assert handle._session.fast is not None
+        kinds = [key[0] for key in handle._session.fast.graphs._held]  # type: ignore[index]
+        assert kinds.count("selection") <= 1
+
+
 def unlike(module: nn.Module) -> None:
     """Other weights, in other memory."""
     module.weight = nn.Parameter(-2 * module.weight.detach())  # type: ignore[operator]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from vtc import ops
+from vtc.dispatch import constant
 from vtc.runtime.images import Images
 from vtc.types import Selection
 
@@ -28,10 +29,12 @@ class Compaction:
         columns: `int64[B, L]`: the original column an entry stands for (an appended slot: its
             image's last).
         origin: `int64[B, L]`: the original column whose position id an entry takes.
-        group: `int64[B, L]`: the image that an entry belongs to, −1 for text.
-        first: `int64[B, 1]`: the first original column that is attended to.
-        length: S.
+        group: `int64[B, L]`: the image that an entry belongs to, −1 for text and padding.
+        length: S, but for `padding`.
         appended: A.
+        padding: how many of the S at the left are not the caller's.
+        at: `int64[B, L]`: what an entry is, as in `Images.at`, 0 on padding; None where slots are
+            appended.
     """
 
     index: Tensor
@@ -39,9 +42,10 @@ class Compaction:
     columns: Tensor
     origin: Tensor
     group: Tensor
-    first: Tensor
     length: int
-    appended: int
+    appended: int = 0
+    padding: int = 0
+    at: Tensor | None = None
 
     def gather(self, x: Tensor, appended: Tensor | None = None) -> Tensor:
         """`[B, S, ...]` and appended slots `[B, A, ...]` -> `[B, L, ...]`, zeros on padding."""
@@ -50,31 +54,37 @@ class Compaction:
 
     def mask(self, attention_mask: Tensor) -> Tensor:
         """`[B, S]` -> `[B, L]`; appended slots are attended to."""
-        return self.gather(
-            attention_mask, attention_mask.new_ones(len(attention_mask), self.appended)
-        )
+        slots = None
+        if self.appended:
+            slots = attention_mask.new_ones(len(attention_mask), self.appended)
+        return self.gather(attention_mask, slots)
 
-    def positions(self, position_ids: Tensor, mask: Tensor, policy: Policy) -> Tensor:
-        """Position ids `[(P,) B or 1, S]` -> `[(P,) B, L]`; `mask` is the compacted one."""
-        batch = len(self.origin)
-        rows = torch.arange(batch, device=self.origin.device)[:, None]
-        ids = position_ids.expand(*position_ids.shape[:-2], batch, -1)
+    def positions(
+        self, position_ids: Tensor, attention_mask: Tensor, hidden: Tensor, policy: Policy
+    ) -> Tensor:
+        """Position ids `[(P,) B or 1, S]` -> `[(P,) B, L]`, 0 where an entry is `hidden`."""
+        ids = position_ids.expand(*position_ids.shape[:-2], len(self.origin), -1)
+
+        def at(columns: Tensor) -> Tensor:
+            return ids.gather(-1, columns.expand(*ids.shape[:-1], -1))
+
         if policy != "renumber":
-            short = ids[..., rows, self.origin]
-        elif ids.dim() == 2:
-            short = ids[rows, self.first] + mask.long().cumsum(-1) - 1
+            short = at(self.origin)
         else:
-            start = ids[..., rows, self.first][..., 0].amax(0)
-            short = repacked(ids[..., rows, self.origin], self.group, mask, start)
-        return short.masked_fill(mask == 0, 0)
+            first = (attention_mask != 0).int().argmax(-1, keepdim=True)
+            if ids.dim() == 2:
+                short = at(first) + (~hidden).cumsum(-1) - 1
+            else:
+                short = repacked(at(self.origin), self.group, ~hidden, at(first)[..., 0].amax(0))
+        return short.masked_fill(hidden, 0)
 
-    def without(self, padding: int) -> Compaction:
-        """The same, told in rows without so many columns at their left, none of which is used."""
+    def without_padding(self) -> Compaction:
+        """The same, told in the caller's rows."""
         named = {
-            name: (getattr(self, name) - padding).clamp_min(0)
-            for name in ("index", "columns", "origin", "first")
+            name: (getattr(self, name) - self.padding).clamp_min(0)
+            for name in ("index", "columns", "origin")
         }
-        return replace(self, **named, length=self.length - padding)
+        return replace(self, **named, padding=0)
 
     def restore(self, hidden: Tensor) -> Tensor:
         """`[B, L, D]` -> `[B, S, D]`: every column takes the last entry at or before it.
@@ -86,10 +96,11 @@ class Compaction:
         columns, valid = self.columns.to(hidden.device), self.valid.to(hidden.device)
         entry = torch.arange(columns.shape[1], device=hidden.device).expand_as(columns)
         first = valid.int().argmax(-1, keepdim=True)
-        last = hidden.new_full((len(hidden), self.length), -1, dtype=torch.long)
+        whole = self.padding + self.length
+        last = hidden.new_full((len(hidden), whole), -1, dtype=torch.long)
         where = columns.masked_fill(~valid, 0)
         last.scatter_reduce_(1, where, entry.masked_fill(~valid, -1), "amax")
-        last = torch.maximum(last.cummax(-1).values, first)
+        last = torch.maximum(last.cummax(-1).values, first)[:, self.padding :]
         return ops.compact(hidden, last, torch.ones_like(last, dtype=torch.bool))
 
 
@@ -135,38 +146,66 @@ def plan(
     selection, cls = without_cls(selection)
     placed = images.to(device)
     keep, keep_valid = selection.keep.to(device), selection.valid.to(device)
-    # each group's scratch column S takes what is not valid
-    row = placed.rows[:, None]
-    visual = placed.columns.masked_fill(~placed.valid, length)
-    kept = placed.columns.gather(1, keep).masked_fill(~keep_valid, length)
-    stays = torch.ones(batch, length + 1, dtype=torch.bool, device=device)
-    # values on the device: plain ones would be copied there
-    stays.index_put_((row, visual), stays.new_zeros(()))
-    stays.index_put_((row, kept), stays.new_ones(()))
-    if len(placed.newlines):
-        stays[placed.newlines[:, 0], placed.newlines[:, 1]] = _rows_alive(placed, selection)
-    stays = stays[:, :length] & (attention_mask.long().cumsum(-1) > 0)
-    group = torch.full((batch, length + 1), -1, device=device)
-    group[row, visual] = torch.arange(len(visual), device=device)[:, None].expand_as(visual)
+    left = _left(images, keep, keep_valid)
+    if len(images.newlines):
+        taken = left
+        if (slots := selection.positions) is not None:
+            taken = _left(images, slots.to(device), slots.to(device) >= 0)
+        left = torch.cat([left, _rows_alive(images, taken)])
+    stays = left[placed.at] & (attention_mask.cumsum(-1) > 0)
 
-    positions = _median_positions(selection) if policy == "median" else selection.slot_positions
-    origin = torch.arange(length + 1, device=device).repeat(batch, 1)
-    at = positions[:, : keep.shape[1]].clamp_min(0).to(device)
-    origin[row, kept] = placed.columns.gather(1, at)
-    first = (attention_mask != 0).int().argmax(-1, keepdim=True)
-    origin, group = origin[:, :length], group[:, :length]
-    if cls is None and positions.shape[1] == keep.shape[1]:
+    positions = _median_positions(selection) if policy == "median" else selection.positions
+    if cls is None and (positions is None or positions.shape[1] == keep.shape[1]):
         width = int(stays.sum(-1).max()) if width is None else width
         index, valid = ops.packed_index(stays, width)
-        places = index, origin.gather(1, index), group.gather(1, index)
-        return Compaction(index, valid, *places, first=first, length=length, appended=0)
+        origin = index
+        if positions is not None:
+            origin = _origins(images, keep, keep_valid, positions.to(device)).gather(1, index)
+        at = ops.compact(placed.at, index, valid)
+        return Compaction(index, valid, index, origin, placed.owners[at], length, at=at)
+    positions = selection.slot_positions if positions is None else positions
     parts = _appended(images, positions[:, keep.shape[1] :].cpu(), batch, cls)
     column, *behind = (part.to(device) for part in parts)
     # where nothing is kept as it is, slots stand where they belong, before a newline of their row
     alone = keep.shape[1] == 0 and cls is None
     behind = [behind[0] if alone else column, *behind]
     here = torch.arange(length, device=device).expand(batch, -1)
-    return _sorted((here, origin, group, stays, stays & False), behind, first, width)
+    origin = _origins(images, keep, keep_valid, positions[:, : keep.shape[1]].to(device))
+    return _sorted((here, origin, placed.owners[placed.at], stays, stays & False), behind, width)
+
+
+def _left(images: Images, tokens: Tensor, valid: Tensor) -> Tensor:
+    """Text and these tokens `[G, K]` of each image, counted as in `Images.at`: `bool[1 + G·N]`."""
+    text = constant(torch.arange(1 + images.columns.numel()) == 0, tokens.device)
+    # what is not valid marks text once more
+    return text.scatter(0, _numbers(images, tokens, valid), True)
+
+
+def _numbers(images: Images, tokens: Tensor, valid: Tensor) -> Tensor:
+    """Tokens `[G, K]` of each image, counted as in `Images.at`; 0 where not valid: `[G·K]`."""
+    groups, n = images.columns.shape
+    first = constant(1 + n * torch.arange(groups)[:, None], tokens.device)
+    return ((tokens + first) * valid).flatten()
+
+
+def _rows_alive(images: Images, left: Tensor) -> Tensor:
+    """Which newline tokens stay, `bool[M]`: those in whose row a token, or a slot, is left."""
+    group, first, end = images.newlines[:, 2:].unbind(-1)
+    ends = torch.stack([first, end]) + group * images.columns.shape[1]
+    before, through = left.cumsum(0)[constant(ends, left.device)]
+    return through > before
+
+
+def _origins(images: Images, keep: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
+    """The column whose position id each column takes, `int64[B, S]`: its own, but for kept tokens
+    `[G, K]`, which take that of the tokens at `positions`."""
+    placed = images.to(keep.device)
+    here = torch.arange(placed.at.shape[1], device=keep.device).expand_as(placed.at)
+    column = torch.zeros_like(placed.owners).scatter(0, placed.at.flatten(), here.flatten())
+    takes = torch.arange(len(column), device=keep.device).scatter(
+        0, _numbers(images, keep, valid), _numbers(images, positions.clamp_min(0), valid)
+    )
+    return torch.where(placed.at > 0, column[takes[placed.at]], here)
 
 
 def without_cls(selection: Selection) -> tuple[Selection, Tensor | None]:
@@ -190,9 +229,7 @@ def without_cls(selection: Selection) -> tuple[Selection, Tensor | None]:
     return rest, positions[:, 0].cpu()
 
 
-def _sorted(
-    there: tuple[Tensor, ...], behind: list[Tensor], first: Tensor, width: int | None
-) -> Compaction:
+def _sorted(there: tuple[Tensor, ...], behind: list[Tensor], width: int | None) -> Compaction:
     """Original columns and appended slots as one sequence; both as their column, the column whose
     position they take, their image, whether they are used, and whether they stand before it."""
     length, appended = there[0].shape[1], behind[0].shape[1]
@@ -209,13 +246,13 @@ def _sorted(
             F.pad(x, (more, 0)) for x in (key, used, columns, origin, group)
         )
     order = key.masked_fill(~used, -1).argsort(dim=-1, stable=True)[:, used.shape[1] - width :]
+    valid = used.gather(1, order)
     return Compaction(
         index=(order - more).clamp_min(0),
-        valid=used.gather(1, order),
+        valid=valid,
         columns=columns.gather(1, order),
         origin=origin.gather(1, order),
-        group=group.gather(1, order),
-        first=first,
+        group=group.gather(1, order).masked_fill(~valid, -1),
         length=length,
         appended=appended,
     )
@@ -249,22 +286,11 @@ def _appended(images: Images, tokens: Tensor, batch: int, cls: Tensor | None) ->
     return by_row(parts, images.rows, batch).unbind(-1)
 
 
-def _rows_alive(placed: Images, selection: Selection) -> Tensor:
-    """Which newline tokens stay, `bool[M]`: those in whose row a token, or a slot, is left."""
-    device = placed.newlines.device
-    slots = selection.slot_positions.to(device)
-    there = torch.zeros(len(slots), placed.columns.shape[1] + 1, dtype=torch.long, device=device)
-    there.scatter_(1, slots.masked_fill(slots < 0, placed.columns.shape[1]), 1)
-    before = F.pad(there[:, :-1].cumsum(-1), (1, 0))
-    _, _, group, first, end = placed.newlines.unbind(-1)
-    return before[group, end] > before[group, first]
-
-
-def _median_positions(selection: Selection) -> Tensor:
-    """Per slot the token whose position it takes: for merged ones the (lower) median member."""
-    positions = selection.slot_positions
+def _median_positions(selection: Selection) -> Tensor | None:
+    """As `Selection.positions`: merged slots take that of the (lower) median member."""
     if selection.merge is None or not selection.merge[0].shape[1]:
-        return positions
+        return selection.positions
+    positions = selection.slot_positions
     slot, token, weight = (part.to(positions.device) for part in selection.merge)
     used, width = weight != 0, max(selection.lengths)
     # members sorted by slot, then token, padding last

@@ -156,7 +156,7 @@ class Fast:
         if not self.prefills:
             return None
         batch, length = shape
-        slots = selection.slot_positions.shape[1]
+        slots = selection.width
         rows = [length] * batch
         for row, visual in zip(images.rows.tolist(), images.visuals, strict=True):
             newlines = len(visual.newlines)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vtc import dispatch
+from vtc import dispatch, ops
 from vtc.checks import Deferred, deferred
 from vtc.runtime.aligning import Aligned
+from vtc.runtime.compaction import Compaction
 from vtc.runtime.compiling import compiled_blocks
 from vtc.runtime.graphs import Graphs
 from vtc.runtime.images import Images
@@ -43,6 +44,25 @@ class Encoded:
         """Text embeddings `[B, S, D]` with the tokens in their places."""
         places = images.to(embeds.device).places
         return embeds.index_put((places[:, 0], places[:, 1]), self.features.to(embeds))
+
+    def groups(self, images: Images, dtype: torch.dtype) -> Tensor:
+        """The tokens in padded groups `[G, N, D]`, zeros on padding."""
+        features, (groups, n) = self.features.to(dtype), images.columns.shape
+        if len(features) == groups * n:
+            return features.view(groups, n, -1)
+        placed = images.to(features.device)
+        index = placed.given[1 : 1 + groups * n].view(groups, n)
+        return ops.compact(features.expand(groups, -1, -1), index, placed.valid)
+
+    def shortened(self, text: Tensor, images: Images, compaction: Compaction) -> Tensor:
+        """A short prompt `[B, L, D]` of text embeddings and tokens, zeros on padding; embeddings of
+        the whole prompt are not made."""
+        placed = images.to(text.device)
+        at = compaction.gather(placed.at) if compaction.at is None else compaction.at  # [B, L]
+        given = at > 0
+        index, there = (x.view(1, -1) for x in (placed.given[at], given))
+        tokens = ops.compact(self.features.to(text)[None], index, there).view_as(text)
+        return torch.where((compaction.valid ^ given)[..., None], text, tokens)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vtc import dispatch
 from vtc.checks import Deferred, deferred
@@ -21,7 +20,7 @@ from vtc.runtime.deciding import decided
 from vtc.runtime.fast_encoder import Encoded
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.images import Images
-from vtc.runtime.short import Full, Short, gather_groups
+from vtc.runtime.short import Short, short_of
 from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Selection
 
 if TYPE_CHECKING:
@@ -30,7 +29,9 @@ if TYPE_CHECKING:
 _TEXT = 32  # texts are padded to multiples of this
 _SELECTED = ("keep", "valid", "positions", "scores")
 _SHORT = ("inputs_embeds", "attention_mask", "position_ids", "shift", "following", "visual")
-_COMPACTED = ("index", "valid", "columns", "origin", "group", "first")
+# of `Images`, the same wherever they stand
+_BY_SIZE = ("rows", "valid", "owners", "given")
+_COMPACTED = ("index", "valid", "columns", "origin", "group")
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,24 @@ class Staged:
 
     Attributes:
         key: what decides about a capture.
-        given: ids, mask and position ids, padded; where its images stand, as one tensor.
+        given: `int64[3 + P, B, S]`: ids, mask, what stands in each column (as `Images.at`) and
+            position ids, padded.
+        kinds: types of mask and position ids.
+        axes: P, if there are such.
         padding: columns at the left of each row that are not the prompt's.
     """
 
     key: tuple[Any, ...]
-    given: list[Tensor]
+    given: Tensor
+    kinds: tuple[torch.dtype, torch.dtype]
+    axes: tuple[int, ...]
     padding: int
+
+    def parts(self, given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ids, mask, what stands in each column `[B, S]`, and position ids `[(P,) B, S]`."""
+        mask, positions = self.kinds
+        ids = given[3:].view(*self.axes, *given.shape[1:])
+        return given[0], given[1].to(mask), given[2], ids.to(positions)
 
 
 class FastSelection:
@@ -99,25 +111,25 @@ class FastSelection:
             visual[row] += v.tokens + len(v.newlines)
         text = ids.shape[1] - max(visual)
         padding = -text % _TEXT
-        places = [(images.columns + padding).flatten()]
-        for table, columns in ((images.newlines, 1), (images.places, 1)):
-            table = table.clone()
-            table[:, columns] += padding
-            places.append(table.flatten())
-        packed = torch.cat(places)
-        if ids.is_cuda:
-            packed = packed.pin_memory().to(ids.device, non_blocking=True)
-        padded = [F.pad(x.to(ids.device), (padding, 0)) for x in (ids, mask, positions)]
+        at = images.at.pin_memory() if ids.is_cuda else images.at
+        parts = [x.to(ids.device, non_blocking=True) for x in (ids, mask, at, positions)]
+        # one tensor: each would be copied by itself
+        given = torch.cat([_rows(x.long(), ids.shape) for x in parts])
+        if padding:
+            zeros = constant(torch.zeros(1, 1, padding, dtype=torch.int64), ids.device)
+            given = torch.cat([zeros.expand(*given.shape[:2], -1), given], -1)
+        kinds, axes = (mask.dtype, positions.dtype), tuple(positions.shape[:-2])
         key = (
             "selection",
             encoder,
-            tuple((tuple(x.shape), x.dtype) for x in padded),
+            tuple(given.shape),
+            kinds,
+            axes,
             rows,
-            len(packed),
             repr(session.budget.keep),  # 1 token is not all of them
             session.policy,
         )
-        return Staged(key, [*padded, packed], padding)
+        return Staged(key, given, kinds, axes, padding)
 
     def __call__(
         self, images: Images, staged: Staged, encoded: Encoded
@@ -132,25 +144,23 @@ class FastSelection:
         Raises:
             CaptureError: it cannot be captured.
         """
-        names = sorted(encoded.signals)
+        names, length = sorted(encoded.signals), images.at.shape[1]
         made: dict[str, str] = {}
 
         def run(*given: Tensor) -> list[Tensor]:
-            ids, mask, positions, packed, features, *signals = given
-            there = _standing(images, packed)
+            prompt, features, *signals = given
             survivors = None if encoded.survivors is None else signals.pop()
             found = dict(zip(names, signals, strict=True))
             own = Encoded(features, found, survivors, encoded.counts)
             checks = Deferred()
             with dispatch.using(self.session.kernels, made), deferred(checks):
-                left, short = self._decided(there, own, ids, mask, positions)
-            short = replace(short, compaction=short.compaction.without(staged.padding))
+                left, short = self._decided(images, own, *staged.parts(prompt))
             self._made[staged.key] = (left, short, checks.messages, made)
             return [*_tensors(left, short), *checks.flags]
 
         signals = [encoded.signals[name] for name in names]
         signals += [] if encoded.survivors is None else [encoded.survivors]
-        inputs = [*staged.given, encoded.features, *signals]
+        inputs = [staged.given, encoded.features, *signals]
         tensors = self.graphs.run(staged.key, run, inputs, patient=True)
         template, short, messages, ran = self._made[staged.key]
         self.session.ran.update(ran)
@@ -158,26 +168,44 @@ class FastSelection:
         flags = tensors[len(tensors) - len(messages) :]
         for flag, message in zip(flags, messages, strict=True):
             self.session.checks.add(flag, message)
-        length = staged.given[0].shape[1] - staged.padding
-        return _rebuilt(template, short, tensors, images, length)
+        compaction = replace(short.compaction, length=length, padding=staged.padding, at=None)
+        left, short = _rebuilt(template, replace(short, compaction=compaction), tensors, images)
+        if self.session.acts_later:
+            short = replace(short, compaction=short.compaction.without_padding())
+        return left, short
 
     def _decided(
-        self, images: Images, encoded: Encoded, ids: Tensor, mask: Tensor, positions: Tensor
+        self,
+        images: Images,
+        encoded: Encoded,
+        ids: Tensor,
+        mask: Tensor,
+        at: Tensor,
+        positions: Tensor,
     ) -> tuple[list[Selection], Short]:
-        session = self.session
+        session, images = self.session, _standing(images, at, self.session.acts_later)
+        embedding: Any = session.adapter.model.get_input_embeddings()
         before, session.encoded = session.encoded, encoded
         session.prompt = None
         try:
-            embeds = encoded.into(session.embedded(ids), images)
-            found = decided(session, images, gather_groups(images, embeds), {})
+            groups = encoded.groups(images, embedding.weight.dtype)
+            found = decided(session, images, groups, {})
             selection = _placed(found[-1] if found else session.everything(images), ids.device)
             if selection.merge is not None or selection.sends_cls:
                 raise CaptureError("where merged tokens stand is found on the host")
             policy = session.policy if found else "keep"
-            short = session.shorten(images, selection, Full(embeds), mask, positions, policy=policy)
+            compaction = session.planned(images, selection, mask, policy)
+            text = session.embedded(compaction.gather(ids))
+            embeds = encoded.shortened(text, images, compaction)
+            short = short_of(compaction, embeds, mask, positions, policy)
         finally:
             session.encoded = before
         return found, short
+
+
+def _rows(x: Tensor, shape: torch.Size) -> Tensor:
+    """`[(P,) B or 1, S]` -> `[P or 1, B, S]`."""
+    return x.expand(*x.shape[:-2], *shape).view(-1, *shape)
 
 
 def _placed(selection: Selection, device: torch.device) -> Selection:
@@ -188,24 +216,25 @@ def _placed(selection: Selection, device: torch.device) -> Selection:
         selection,
         keep=constant(selection.keep, device),
         valid=constant(selection.valid, device),
-        positions=constant(selection.slot_positions, device),
+        positions=None if selection.positions is None else constant(selection.positions, device),
     )
 
 
-def _standing(images: Images, packed: Tensor) -> Images:
-    """The images where `packed` says that they stand."""
-    shapes = images.columns.shape, images.newlines.shape, images.places.shape
-    parts = packed.split([shape.numel() for shape in shapes])
-    columns, newlines, places = (p.view(s) for p, s in zip(parts, shapes, strict=True))
-    device = packed.device
-    found = replace(
-        images,
-        rows=constant(images.rows, device),
-        valid=constant(images.valid, device),
-        columns=columns,
-        newlines=newlines,
-        places=places,
-    )
+def _standing(images: Images, at: Tensor, whole: bool) -> Images:
+    """The images where `at` says that they stand; `whole`: with the columns of each."""
+    device, cells = at.device, images.owners.numel()
+    tables = {name: constant(getattr(images, name), device) for name in _BY_SIZE}
+    found = replace(images, at=at, **tables)
+    if whole:
+        here = torch.arange(at.shape[1], device=device).expand_as(at)
+        column = at.new_zeros(cells).scatter(0, at.flatten(), here.flatten())
+        end = 1 + images.columns.numel()
+        lines = constant(images.newlines, device)
+        found = replace(
+            found,
+            columns=column[1:end].view(images.columns.shape),
+            newlines=torch.cat([lines[:, :1], column[end:, None], lines[:, 2:]], 1),
+        )
     there = replace(images)
     there._moved[device] = found
     return there
@@ -227,7 +256,6 @@ def _rebuilt(
     short: Short,
     tensors: list[Tensor],
     images: Images,
-    length: int,
 ) -> tuple[list[Selection], Short]:
     """Decisions and the short prompt of the same shapes, with these tensors."""
     left = iter(tensors)
@@ -237,5 +265,5 @@ def _rebuilt(
 
     found = [replace(s, parent=images.parent, **fresh(s, _SELECTED)) for s in template]
     parts = fresh(short, _SHORT)
-    compaction = replace(short.compaction, length=length, **fresh(short.compaction, _COMPACTED))
+    compaction = replace(short.compaction, **fresh(short.compaction, _COMPACTED))
     return found, replace(short, compaction=compaction, **parts)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 from vtc.dispatch import holding
 
 _FAILED = 1024  # keys of which it is remembered why they cannot be captured
+_SMALL = 2**16  # bytes of a tensor that is handed out together with others
 
 Backend = Literal["cuda", "eager"]
 Function = Callable[..., Any]
@@ -43,7 +46,7 @@ class _Captured:
     def output(self) -> Any:
         """What it left, copied: another replay may write where it stands."""
         copies = [x.clone() if isinstance(x, Tensor) else x for x in self.leaves]
-        return pytree.tree_unflatten(copies, self.structure)
+        return _apart(*pytree.tree_unflatten(copies, self.structure))
 
 
 class Graphs:
@@ -121,7 +124,7 @@ class Graphs:
         if captured is None and patient and key not in self._failed and not self._known(key):
             return function(*inputs)
         if captured is None:
-            captured = self._capture(key, function, inputs)
+            captured = self._capture(key, partial(_together, function), inputs)
         else:
             self._held.move_to_end(key)
             for buffer, given in zip(captured.inputs, inputs, strict=True):
@@ -197,8 +200,53 @@ class Graphs:
         return _Captured(buffers, graph.replay, leaves, structure)
 
 
+# first byte and end, type and shape
+_Place = tuple[int, int, torch.dtype, torch.Size]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the leaves of the tree `structure` stand among the bytes of one tensor; None: it is by
+    itself."""
+
+    where: tuple[_Place | None, ...]
+    structure: Any
+
+
 class CaptureError(RuntimeError):
     """A call looks at the device, or does something else that no graph can hold."""
+
+
+def _together(function: Function, *inputs: Tensor) -> tuple[Tensor | None, list[Any], Any]:
+    """What a function gives for `_apart`: its small tensors as the bytes of one, since each copy is
+    a launch; all other leaves; and where each stands."""
+    leaves, structure = pytree.tree_flatten(function(*inputs))
+    small = {id(x): x for x in leaves if _is_small(x) and x.device == inputs[0].device}
+    if len(small) < 2:
+        return None, leaves, _Places((None,) * len(leaves), structure)
+    # the largest items first: all stand at multiples of their size
+    order = sorted(small.values(), key=lambda x: -x.itemsize)
+    ends = accumulate(x.nbytes for x in order)
+    places = {id(x): (end - x.nbytes, end, x.dtype, x.shape) for x, end in zip(order, ends)}  # noqa: B905
+    joined = torch.cat([x.contiguous().view(-1).view(torch.uint8) for x in order])
+    others = [None if id(x) in places else x for x in leaves]
+    return joined, others, _Places(tuple(places.get(id(x)) for x in leaves), structure)
+
+
+def _is_small(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.nbytes <= _SMALL
+
+
+def _apart(joined: Tensor | None, others: list[Any], places: _Places) -> Any:
+    """What the function gave."""
+
+    def leaf(other: Any, place: _Place | None) -> Any:
+        if place is None or joined is None:
+            return other
+        start, end, dtype, shape = place
+        return joined[start:end].view(dtype).view(shape)
+
+    return pytree.tree_unflatten(map(leaf, others, places.where), places.structure)
 
 
 def _eager(function: Function, buffers: list[Tensor]) -> _Captured:

@@ -30,6 +30,11 @@ class Images:
             range of tokens (first, end) that it ends.
         places: `int64[T, 2]`: batch row and column of everything that the encoder gives, newlines
             too, image by image.
+        at: `int64[B, S]`, what stands in each column: 0 is text, 1 + g·N + n token n of image g,
+            1 + G·N + m newline token m.
+        owners: `int64[1 + G·N + M]`, the image that each of those belongs to; −1 for text and
+            newline tokens.
+        given: `int64[1 + G·N + M]`, which of the T that the encoder gives each is; 0 for text.
     """
 
     visuals: tuple[Visual, ...]
@@ -38,6 +43,9 @@ class Images:
     valid: Tensor
     newlines: Tensor
     places: Tensor
+    at: Tensor
+    owners: Tensor
+    given: Tensor
     _moved: dict[torch.device, Images] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -74,7 +82,7 @@ class Images:
     def to(self, device: torch.device) -> Images:
         """The same on a device, copied there once."""
         if device not in self._moved:
-            names = ("rows", "columns", "valid", "newlines", "places")
+            names = [n for n, x in vars(self).items() if isinstance(x, Tensor)]
             # what one call makes under inference_mode, another could not save for a backward pass
             with torch.inference_mode(False):
                 moved = {name: getattr(self, name).to(device) for name in names}
@@ -143,14 +151,21 @@ def _new_images(
         tokens.append(part[stays])
     columns = pad_sequence([part[:, 1] for part in tokens], batch_first=True)
     lengths = torch.tensor([v.tokens for v in visuals])
-    return Images(
-        visuals=visuals,
-        rows=torch.stack([part[0, 0] for part in tokens]),
-        columns=columns,
-        valid=torch.arange(columns.shape[1]) < lengths[:, None],
-        newlines=torch.tensor(newlines, dtype=torch.int64).view(-1, 5),
-        places=torch.cat(parts),
-    )
+    valid = torch.arange(columns.shape[1]) < lengths[:, None]
+    rows = torch.stack([part[0, 0] for part in tokens])
+    lines = torch.tensor(newlines, dtype=torch.int64).view(-1, 5)
+    places = torch.cat(parts)
+    # what can stand in a column, counted as `at` does
+    first, end = 1, 1 + valid.numel()
+    numbers = torch.arange(first, end).view(valid.shape)
+    at = torch.zeros(shape, dtype=torch.int64)
+    at[rows[:, None].expand_as(columns)[valid], columns[valid]] = numbers[valid]
+    at[lines[:, 0], lines[:, 1]] = torch.arange(end, end + len(lines))
+    owners = torch.full((end + len(lines),), -1)
+    owners[first:end] = torch.arange(len(visuals)).repeat_interleave(columns.shape[1])
+    given = torch.zeros_like(owners)
+    given[at[places[:, 0], places[:, 1]]] = torch.arange(len(places))
+    return Images(visuals, rows, columns, valid, lines, places, at, owners, given)
 
 
 @functools.lru_cache(maxsize=128)

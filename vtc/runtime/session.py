@@ -21,7 +21,7 @@ from vtc.errors import (
 from vtc.methods.base import Method
 from vtc.plans import LayerPlan, layers_as_tokens
 from vtc.runtime.clock import Clock
-from vtc.runtime.compaction import Policy, by_row, plan
+from vtc.runtime.compaction import Compaction, Policy, by_row, plan
 from vtc.runtime.deciding import decided
 from vtc.runtime.images import Images, find_images
 from vtc.runtime.layers import LayerSeam
@@ -33,9 +33,8 @@ from vtc.runtime.short import (
     Full,
     Short,
     cells_of,
-    following,
-    last,
     placed_of,
+    short_of,
     with_merges,
 )
 from vtc.runtime.tower import Inside, Tower, facts_of
@@ -358,25 +357,19 @@ class Session:
         attention_mask: Tensor,
         position_ids: Tensor,
         small: list[Tensor] | None = None,
-        policy: Policy | None = None,
     ) -> Short:
         """Apply a decision to full embeddings `[B, S, D]`, mask `[B, S]` and position ids.
 
-        `small` holds each image's tokens when they are not in `embeds` (the pixel site). Where the
-        prefill is captured, rows are padded to the next length of its own. With a `policy` other
-        than the session's, the length was checked before.
+        `small` holds each image's tokens when they are not in `embeds` (the pixel site).
         """
         embeds = full.stacked
         width = full.embeds.shape[-1]
-        if policy is None:
-            self.check_window(embeds.shape[1])
+        self.check_window(embeds.shape[1])
         # with a model spread over devices, ids may be elsewhere than what the encoder made of them
         mask, ids = attention_mask.to(embeds.device), position_ids.to(embeds.device)
-        if policy is None:
-            # where nothing is dropped there is nothing to renumber
-            policy = "keep" if selection.is_identity else self.policy
-        padded = None if self.fast is None else self.fast.width(images, selection, mask.shape)
-        compaction = plan(images, selection, mask, policy, padded)
+        # where nothing is dropped there is nothing to renumber
+        policy = "keep" if selection.is_identity else self.policy
+        compaction = self.planned(images, selection, mask, policy)
         appended = None
         if small is not None:
             if len(images.newlines) and (newline := self.adapter.newline) is not None:
@@ -387,18 +380,16 @@ class Session:
         elif selection.merge is not None or selection.sends_cls:
             appended, embeds = merged(self, images, selection, embeds)
         short = compaction.gather(embeds, appended)
-        short_mask = compaction.mask(mask)
-        short_ids = compaction.positions(ids, short_mask, policy)
-        return Short(
-            inputs_embeds=short[..., :width].contiguous(),
-            attention_mask=short_mask,
-            position_ids=short_ids,
-            shift=last(ids, mask) - last(short_ids, short_mask),
-            following=following(short_ids, short_mask),
-            deep=short[..., width:] if short.shape[-1] > width else None,
-            visual=compaction.valid & (compaction.group >= 0),
-            compaction=compaction,
-        )
+        deep = short[..., width:] if short.shape[-1] > width else None
+        return short_of(compaction, short[..., :width].contiguous(), mask, ids, policy, deep)
+
+    def planned(
+        self, images: Images, selection: Selection, mask: Tensor, policy: Policy
+    ) -> Compaction:
+        """How rows are shortened. Where the prefill is captured, they are padded to the next length
+        of its own."""
+        width = None if self.fast is None else self.fast.width(images, selection, mask.shape)
+        return plan(images, selection, mask, policy, width)
 
     def check_window(self, length: int) -> None:
         """Refuse prompts longer than a sliding attention window."""

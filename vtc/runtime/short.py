@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.runtime.compaction import Compaction
+from vtc.runtime.compaction import Compaction, Policy
 from vtc.runtime.images import Images
 from vtc.runtime.layer_stage import Placed
 from vtc.types import Selection
@@ -127,6 +127,40 @@ def cells_of(images: Images, placed: Placed) -> Tensor:
     return cells
 
 
+def short_of(
+    compaction: Compaction,
+    embeds: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    policy: Policy,
+    deep: Tensor | None = None,
+) -> Short:
+    """A short prompt.
+
+    Args:
+        compaction: how it is made.
+        embeds: `[B, L, D]`, compacted.
+        attention_mask: `[B, S]` of the whole prompt.
+        position_ids: `[(P,) B or 1, S]` of the whole prompt.
+        policy: what becomes of them.
+        deep: `[B, L, layers · D]`, compacted, or None.
+    """
+    mask = compaction.mask(attention_mask)
+    hidden = mask == 0
+    ids = compaction.positions(position_ids, attention_mask, hidden, policy)
+    highest = _last(ids, hidden)
+    return Short(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=ids,
+        shift=_last(position_ids, attention_mask == 0) - highest,
+        following=_behind(highest),
+        deep=deep,
+        visual=compaction.group >= 0,
+        compaction=compaction,
+    )
+
+
 def full_of(kwargs: Mapping[str, Any]) -> Full:
     """The embeddings among a language model's inputs, with what DeepStack adds later."""
     embeds, layers = kwargs["inputs_embeds"], kwargs.get("deepstack_visual_embeds")
@@ -169,13 +203,17 @@ def with_merges(left: Selection, parts: Tensor, weight: Tensor, slots: Tensor) -
 
 def following(position_ids: Tensor, mask: Tensor) -> Tensor:
     """What the next position id of each row would be, `[B, 1]`: behind the highest on any axis."""
-    highest = last(position_ids, mask)
-    if position_ids.dim() == 3:
+    return _behind(_last(position_ids, mask == 0)).expand(len(mask), 1)
+
+
+def _behind(highest: Tensor) -> Tensor:
+    """The position id behind the highest of each axis, `[(P,) B, 1]` -> `[B, 1]`."""
+    if highest.dim() == 3:
         # of four axes, the first counts tokens and turns nothing
         highest = highest[1 if len(highest) == 4 else 0 :].amax(0)
-    return highest.expand(len(mask), 1) + 1
+    return highest + 1
 
 
-def last(position_ids: Tensor, mask: Tensor) -> Tensor:
-    """The highest position id attended to, `[(P,) B, 1]`."""
-    return position_ids.masked_fill(mask == 0, -1).amax(-1, keepdim=True)
+def _last(position_ids: Tensor, hidden: Tensor) -> Tensor:
+    """The highest position id that is not hidden, `[(P,) B, 1]`."""
+    return position_ids.masked_fill(hidden, -1).amax(-1, keepdim=True)
