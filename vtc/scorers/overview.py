@@ -35,7 +35,7 @@ class Overview(Scorer):
         scores = self.of(tokens)
         if tokens.overview is None:
             return scores
-        spans = constant(torch.tensor(tokens.overview), scores.device)
-        first, end = spans.T[..., None]  # [G, 1] each
-        place = torch.arange(scores.shape[1], device=scores.device)
-        return scores.masked_fill((place < first) | (place >= end), float("-inf"))
+        first, end = torch.tensor(tokens.overview).T[..., None]  # [G, 1] each
+        place = torch.arange(scores.shape[1])
+        outside = constant((place < first) | (place >= end), scores.device)
+        return scores.masked_fill(outside, float("-inf"))
