@@ -192,7 +192,7 @@ def _rows_alive(images: Images, left: Tensor) -> Tensor:
     """Which newline tokens stay, `bool[M]`: those in whose row a token, or a slot, is left."""
     group, first, end = images.newlines[:, 2:].unbind(-1)
     ends = torch.stack([first, end]) + group * images.columns.shape[1]
-    before, through = left.cumsum(0)[constant(ends, left.device)]
+    before, through = left.cumsum(0)[constant(ends, left.device)].unbind()
     return through > before
 
 

@@ -223,7 +223,7 @@ def _placed(selection: Selection, device: torch.device) -> Selection:
 def _standing(images: Images, at: Tensor, whole: bool) -> Images:
     """The images where `at` says that they stand; `whole`: with the columns of each."""
     device, cells = at.device, images.owners.numel()
-    tables = {name: constant(getattr(images, name), device) for name in _BY_SIZE}
+    tables: dict[str, Any] = {name: constant(getattr(images, name), device) for name in _BY_SIZE}
     found = replace(images, at=at, **tables)
     if whole:
         here = torch.arange(at.shape[1], device=device).expand_as(at)
