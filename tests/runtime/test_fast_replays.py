@@ -68,11 +68,12 @@ def prepared(fast: Any = "eager", method: str = "vtc_cls", keep: Any = 0.4) -> t
 @pytest.mark.parametrize("method", ["vtc_cls", "todre"])
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
 def test_logits_of_texts_of_one_bucket(family: str, method: str) -> None:
+    name, keep, options = METHODS[method]
     model = build_model(family)
     inputs = [build_inputs(family, [[4, "image", n], [2, "image", 3]]) for n in (5, 5, 9, 2)]
-    with vtc.patch(model, method, 0.4):
+    with vtc.patch(model, name, keep, **options):
         want = [model(**given).logits for given in inputs]
-    with vtc.patch(model, method, 0.4, fast="eager") as handle:
+    with vtc.patch(model, name, keep, fast="eager", **options) as handle:
         for given, logits in zip(inputs, want, strict=True):
             attended = given["attention_mask"][..., None]
             torch.testing.assert_close(
