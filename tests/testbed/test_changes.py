@@ -74,7 +74,7 @@ def test_a_group_shares_its_words_and_has_every_answer_once(kind: str) -> None:
         assert len({answer for _, answer in group}) == GROUP[kind] == round(1 / KINDS[kind])
 
 
-def test_without_the_pictures_nobody_beats_chance() -> None:
+def test_without_the_pictures_nobody_beats_chance(unpainted: None) -> None:
     for kind, chance in KINDS.items():
         answers: dict[str, Counter[str]] = {}
         for example in examples(240, kinds=[kind]):
