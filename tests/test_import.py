@@ -50,12 +50,14 @@ def state():
         "dtype": torch.get_default_dtype(),
     }
 
-before = state()
-import vtc, vtc.adapters.registry, vtc.cli, vtc.kernels, vtc.viz
+before, modules = state(), set(sys.modules)
+import vtc, vtc.adapters.registry, vtc.cli, vtc.kernels, vtc.viz, vtc.widget
 vtc.methods()
 after = state()
 changed = [k for k in before if before[k] != after[k]]
 assert not changed, changed
+friends = {"matplotlib", "ipywidgets", "lmms_eval", "pandas", "scipy"}
+assert not friends & (set(sys.modules) - modules)
 """
 
 
