@@ -65,13 +65,18 @@ class Turn:
     def state(self, short: Short | None) -> CacheState:
         """What the cache is to remember once this part is in it."""
         mask = self.mask if short is None else short.attention_mask
-        ids = self.position_ids if short is None else short.position_ids
-        shift = ids.new_zeros(*ids.shape[:-1], 1) if self.shift is None else self.shift
+        if short is None:
+            ids = self.position_ids
+            shift = ids.new_zeros(*ids.shape[:-1], 1) if self.shift is None else self.shift
+            behind = following(ids, mask)
+        else:
+            shift = short.shift if self.shift is None else self.shift + short.shift
+            behind = short.following
         return CacheState(
             prompt=self.whole_mask.shape[1],
             mask=mask if self.past is None else torch.cat([self.past.to(mask), mask], 1),
-            shift=shift if short is None else shift + short.shift,
-            following=following(ids, mask),
+            shift=shift,
+            following=behind,
             whole=short is None and self.images is None and self.past is None,
         )
 
