@@ -152,7 +152,10 @@ def plan(
         if (slots := selection.positions) is not None:
             taken = _left(images, slots.to(device), slots.to(device) >= 0)
         left = torch.cat([left, _rows_alive(images, taken)])
-    stays = left[placed.at] & (attention_mask.cumsum(-1) > 0)
+    at = placed.at
+    if (more := length - at.shape[1]) > 0:  # candidates of assisted decoding, run with the prompt
+        at = F.pad(at, (0, more))
+    stays = left[at] & (attention_mask.cumsum(-1) > 0)
 
     positions = _median_positions(selection) if policy == "median" else selection.positions
     if cls is None and (positions is None or positions.shape[1] == keep.shape[1]):
@@ -160,8 +163,8 @@ def plan(
         index, valid = ops.packed_index(stays, width)
         origin = index
         if positions is not None:
-            origin = _origins(images, keep, keep_valid, positions.to(device)).gather(1, index)
-        at = ops.compact(placed.at, index, valid)
+            origin = _origins(images, at, keep, keep_valid, positions.to(device)).gather(1, index)
+        at = ops.compact(at, index, valid)
         return Compaction(index, valid, index, origin, placed.owners[at], length, at=at)
     positions = selection.slot_positions if positions is None else positions
     parts = _appended(images, positions[:, keep.shape[1] :].cpu(), batch, cls)
@@ -170,8 +173,8 @@ def plan(
     alone = keep.shape[1] == 0 and cls is None
     behind = [behind[0] if alone else column, *behind]
     here = torch.arange(length, device=device).expand(batch, -1)
-    origin = _origins(images, keep, keep_valid, positions[:, : keep.shape[1]].to(device))
-    return _sorted((here, origin, placed.owners[placed.at], stays, stays & False), behind, width)
+    origin = _origins(images, at, keep, keep_valid, positions[:, : keep.shape[1]].to(device))
+    return _sorted((here, origin, placed.owners[at], stays, stays & False), behind, width)
 
 
 def _left(images: Images, tokens: Tensor, valid: Tensor) -> Tensor:
@@ -196,16 +199,15 @@ def _rows_alive(images: Images, left: Tensor) -> Tensor:
     return through > before
 
 
-def _origins(images: Images, keep: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
+def _origins(images: Images, at: Tensor, keep: Tensor, valid: Tensor, positions: Tensor) -> Tensor:
     """The column whose position id each column takes, `int64[B, S]`: its own, but for kept tokens
-    `[G, K]`, which take that of the tokens at `positions`."""
-    placed = images.to(keep.device)
-    here = torch.arange(placed.at.shape[1], device=keep.device).expand_as(placed.at)
-    column = torch.zeros_like(placed.owners).scatter(0, placed.at.flatten(), here.flatten())
+    `[G, K]`, which take that of the tokens at `positions`. `at [B, S]` as in `Images`."""
+    here = torch.arange(at.shape[1], device=at.device).expand_as(at)
+    column = at.new_zeros(len(images.owners)).scatter(0, at.flatten(), here.flatten())
     takes = torch.arange(len(column), device=keep.device).scatter(
         0, _numbers(images, keep, valid), _numbers(images, positions.clamp_min(0), valid)
     )
-    return torch.where(placed.at > 0, column[takes[placed.at]], here)
+    return torch.where(at > 0, column[takes[at]], here)
 
 
 def without_cls(selection: Selection) -> tuple[Selection, Tensor | None]:
