@@ -11,14 +11,16 @@ from tests.kit.matrix import (
     MODES,
     SPECS,
     STATEMENTS,
-    WIDE,
     Spec,
     accepted,
     cached_inputs,
     cells,
+    decided,
     patched,
     run,
+    some,
     specs_of,
+    stock,
     want,
 )
 from tests.kit.models import QWEN
@@ -31,9 +33,12 @@ def compare(family: str, spec: Spec, mode: str, prompts: list[str]) -> None:
     model = spec.model(family)
     for prompt in prompts:
         inputs = cached_inputs(family, prompt)
-        with patched(spec, family) as decision:
-            got = run(model, inputs, **MODES[mode])
-            made = decision()
+        if mode == "greedy":
+            got, made = decided(family, spec, prompt)
+        else:
+            with patched(spec, family) as decision:
+                got = run(model, inputs, **MODES[mode])
+                made = decision()
         assert torch.equal(got, want(spec, family, inputs, made, mode)), prompt
 
 
@@ -41,14 +46,14 @@ def compare(family: str, spec: Spec, mode: str, prompts: list[str]) -> None:
 MERGING = ("vscan", "visionzip", "prumerge", "prumerge_plus")
 
 
-def usable(family: str, spec: Spec, mode: str) -> list[str]:
-    return accepted(family, spec, batch=1 if mode == "prompt lookup" else None)
+def batch_of(mode: str) -> int | None:
+    return 1 if mode == "prompt lookup" else None
 
 
 @pytest.mark.parametrize("family, spec, mode", cells(SPECS, list(MODES)), ids=str)
 def test_generate_equals_the_oracle(family: str, spec: Spec, mode: str) -> None:
-    found = usable(family, spec, mode)
-    compare(family, spec, mode, found if mode == "greedy" else [p for p in found if p in WIDE])
+    found = accepted if mode == "greedy" else some
+    compare(family, spec, mode, found(family, spec, batch=batch_of(mode)))
 
 
 @pytest.mark.slow
@@ -56,7 +61,9 @@ def test_generate_equals_the_oracle(family: str, spec: Spec, mode: str) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_equals_the_oracle_on_other_prompts(family: str, spec: Spec, mode: str) -> None:
-    compare(family, spec, mode, [p for p in usable(family, spec, mode) if p not in WIDE])
+    rows = {"batch": batch_of(mode)}
+    done = some(family, spec, **rows)
+    compare(family, spec, mode, [p for p in accepted(family, spec, **rows) if p not in done])
 
 
 def test_every_restatement_is_stated() -> None:
@@ -98,14 +105,12 @@ def test_what_is_dropped_matters(family: str, spec: Spec) -> None:
         inputs = cached_inputs(family, prompt)
         if spec.over_layers:
             # a hundred times the tolerance; tokens may stay the same
-            with torch.no_grad():
-                stock = model(**inputs).logits[:, -1]
-                with patched(spec, family):
-                    moved = (model(**inputs).logits[:, -1] - stock).abs().amax(-1)
+            with torch.no_grad(), patched(spec, family):
+                got = model(**inputs).logits[:, -1]
+            moved = (got - stock(family, spec.layers, prompt)[1].logits[:, -1]).abs().amax(-1)
             assert (moved > 2e-3).any()
             return
-        with patched(spec, family):
-            got = run(model, inputs)
-        if not torch.equal(got, run(model, inputs)):
+        (added, _), before = decided(family, spec, prompt), inputs["input_ids"].shape[1]
+        if not torch.equal(added, stock(family, spec.layers, prompt)[0].sequences[:, before:]):
             return
     raise AssertionError("every answer is that of the whole picture")

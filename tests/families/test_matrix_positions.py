@@ -12,18 +12,18 @@ from torch import Tensor
 from tests.kit.fed import packed
 from tests.kit.matrix import (
     SPECS,
-    WIDE,
     Spec,
-    accepted,
     cached_inputs,
     cells,
+    others,
     patched,
     run,
     run_fed,
+    some,
     statement,
     want,
 )
-from tests.kit.models import QWEN
+from tests.kit.models import FAMILIES, QWEN
 from tests.kit.oracle import groups, kept_columns, masked_from_layer, positions
 from tests.kit.prompts import Inputs
 
@@ -38,10 +38,9 @@ def images_of(family: str, spec: Spec, inputs: Inputs) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("family, spec", cells(SPECS), ids=str)
-def test_renumbered_positions(family: str, spec: Spec) -> None:
+def compare(family: str, spec: Spec, prompts: list[str]) -> None:
     model = spec.model(family)
-    for prompt in [p for p in accepted(family, spec) if p in WIDE]:
+    for prompt in prompts:
         inputs = cached_inputs(family, prompt)
         with patched(spec, family, positions="renumber") as decision:
             got = run(model, inputs)
@@ -60,6 +59,18 @@ def test_renumbered_positions(family: str, spec: Spec) -> None:
                     seen[row, len(seen[row]) - len(at) :] = left[row, at]
                 stack.enter_context(masked_from_layer(model, layer + 1, seen))
             assert torch.equal(run_fed(model, short), got), prompt
+
+
+@pytest.mark.parametrize("family, spec", cells(SPECS), ids=str)
+def test_renumbered_positions(family: str, spec: Spec) -> None:
+    compare(family, spec, some(family, spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_renumbered_positions_on_other_prompts(family: str, spec: Spec) -> None:
+    compare(family, spec, others(family, spec))
 
 
 @pytest.mark.parametrize("family", QWEN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import pytest
@@ -66,8 +67,10 @@ def outputs(model: Any, inputs: Any) -> list[torch.Tensor]:
         return [model(**inputs).logits, run(model, inputs, max_new_tokens=3)]
 
 
-def settled(model: Any, inputs: Any) -> list[torch.Tensor]:
-    """After a first call, at which transformers installs hooks of its own."""
+@cache
+def settled(family: str, layers: int | None, prompt: str) -> list[torch.Tensor]:
+    """Of the stock model after a first call, at which transformers installs hooks of its own."""
+    model, inputs = Spec("none", layers=layers).model(family), cached_inputs(family, prompt)
     outputs(model, inputs)
     return outputs(model, inputs)
 
@@ -75,8 +78,9 @@ def settled(model: Any, inputs: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family, spec", cells(SPECS), ids=str)
 def test_a_removed_patch_leaves_nothing(family: str, spec: Spec) -> None:
     model = spec.model(family)
-    inputs = cached_inputs(family, accepted(family, spec)[-1])
-    want, before = settled(model, inputs), footprint(model)
+    prompt = accepted(family, spec)[-1]
+    inputs = cached_inputs(family, prompt)
+    want, before = settled(family, spec.layers, prompt), footprint(model)
     vtc.patch(model, spec.method(family), spec.keep)
     outputs(model, inputs)
     vtc.unpatch(model)
@@ -89,8 +93,9 @@ def test_an_exception_inside_leaves_nothing(
     family: str, spec: Spec, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = spec.model(family)
-    inputs = cached_inputs(family, accepted(family, spec)[-1])
-    want, before = settled(model, inputs), footprint(model)
+    prompt = accepted(family, spec)[-1]
+    inputs = cached_inputs(family, prompt)
+    want, before = settled(family, spec.layers, prompt), footprint(model)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise Broken

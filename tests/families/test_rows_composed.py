@@ -17,7 +17,6 @@ from tests.kit.matrix import (
     MIXED,
     MODES,
     SAME_AS,
-    SINKS,
     WIDE,
     Decision,
     cached_inputs,
@@ -30,6 +29,7 @@ from tests.kit.matrix import (
     run_fed,
 )
 from tests.kit.models import FAMILIES
+from tests.kit.options import SINKS
 from tests.kit.oracle import kept_columns, rows_expanded_by_hand, visual_places
 from tests.kit.plain import average_pool, count
 from tests.kit.plain_methods import ROWS, prompt_of, sinks_of, together

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from vtc.types import Selection
 from . import plain, plain_methods, plain_slots
 from .fed import Fed, arguments, deepstack, fed, recorded
 from .models import FAMILIES, PLACEHOLDERS, build_model
+from .options import COMPOSED_ONLY, TAU, VARIANTS
 from .oracle import (
     kept_columns,
     masked,
@@ -41,31 +42,10 @@ BOTH = "image and video, video, text only"
 # the prompts of the default run; one of one row each for what takes one row, and where a family
 # or method refuses the others
 WIDE = ("batch 1", MIXED, BOTH)
+# several rows of unequal length, one of them text only
+RAGGED = (MIXED, BOTH)
 # run in full by default: an encoder of crops and a packed one; the others pairwise, in CI's time
 FULL = ("llava_next", "qwen3_vl")
-# methods that only compose what others of their site run in full, see `cells`: scores before the
-# LLM, sums of encoder features, cuts in the encoder and between decoder layers, and merges there
-COMPOSED_ONLY = frozenset(
-    [
-        "cdpruner",
-        "dart",
-        "divprune",
-        "evs",
-        "fastervlm",
-        "hiprune",
-        "hired",
-        "holov",
-        "mmtok",
-        "paint",
-        "pixelprune",
-        "prumerge",
-        "prumerge_plus",
-        "pyramiddrop",
-        "scope",
-        "uniform",
-        "vispruner",
-    ]
-)
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -77,50 +57,6 @@ MODES: dict[str, dict[str, Any]] = {
 # what the oracle runs for those: the result does not depend on speculation, nor on a cache
 SAME_AS = {"prompt lookup": "greedy"}
 
-# dimensions in which some tokens of the tiny models stand out, text and visual, and others do not
-SINKS = {"dims": (3, 17, 40), "tau": 1.8}
-# options that are worth a run of their own; `tau` "between" is one of TAU, a calibration "drawn"
-# one of random numbers
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "todre": (
-        {"tau": "between"},
-        {"tau": 1.0, "objective": "k_center"},
-        {"tau": "between", "stage1": False},
-    ),
-    "sparsevlm": ({}, {"variant": "plus"}),
-    # the keys of tiny models are far apart
-    "pact": ({"cutoff": 0.6},),
-    # noise, of which as many cells as not are alike
-    "pixelprune": ({"tau": 4.0},),
-    # the tiny images have no 32 others
-    "prumerge": ({"nearest": 8},),
-    "prumerge_plus": ({"nearest": 8},),
-    "naavit": (
-        {"calibration": "drawn"},
-        {"calibration": "drawn", "skip_ffn": True},
-        {"layers": (0, 2)},
-    ),
-    "shortv": ({"calibration": "drawn"}, {"layers": (1, 2)}),
-    "ima_skip": (
-        {"interval": 1},
-        {"operator": "attention", "interval": None},
-        {"operator": "block", "interval": (1, 2), "end": 4},
-    ),
-    "yopo": (
-        {"window": 3, "heads": 0.5, "calibration": "drawn"},
-        {"window": 5, "heads": 0.5, "renormalize": False, "calibration": "drawn"},
-        {"window": 3, "heads": 1.0},
-    ),
-    "sink_removal": (
-        SINKS,
-        {"mode": "mask", **SINKS},
-        {"mode": "mask", "calibration": "drawn", "tau": 1.7},
-    ),
-    "var": (
-        {"rho": 0.3, "p": 0.4, "least": 0.45, **SINKS},
-        {"rho": 0.2, "p": 0.6, "least": 0.5, "except_last": True, **SINKS},
-    ),
-}
 # methods that add the log of a token's size to attention
 WEIGHED = ("pact",)
 # decoder layers where four are too few: 7L/8 leaves one without visual tokens; three stages
@@ -212,19 +148,6 @@ def specs_of(name: str) -> list[Spec]:
 
 SPECS = [spec for name in vtc.methods() for spec in specs_of(name)]
 
-# between the attention that some rows of MIXED or "ragged" pay to their images and what others do:
-# to what stage 1 left, and to all
-TAU = {
-    "llava": (0.61, 0.755),
-    "llava_siglip": (0.76, 0.90),
-    "llava_next": (0.58, 0.77),
-    "llava_onevision": (0.60, 0.73),
-    "qwen2_vl": (0.55, 0.70),
-    "qwen2_5_vl": (0.50, 0.74),
-    "qwen3_vl": (0.58, 0.75),
-    "internvl": (0.60, 0.78),
-}
-
 # independent statements of methods that are not a mask
 STATEMENTS: dict[str, Callable[..., tuple[Fed, Tensor]]] = {
     "average_pool": plain.average_pool,
@@ -267,6 +190,22 @@ def accepted(family: str, spec: Spec, *, batch: int | None = None) -> list[str]:
         for prompt, rows in prompts(family).items()
         if (family, spec.name, prompt) not in REFUSED and batch in (None, len(rows))
     ]
+
+
+def some(family: str, spec: Spec, *, batch: int | None = None) -> list[str]:
+    """Of the prompts that are not refused, what the default run takes where one shows enough: the
+    ragged ones, but of families that are not run in full one by turns; or else what there is."""
+    found = [prompt for prompt in accepted(family, spec, batch=batch) if prompt in WIDE]
+    ragged = [prompt for prompt in found if prompt in RAGGED]
+    if ragged and family not in FULL and spec in SPECS:
+        return [ragged[(FAMILIES.index(family) + SPECS.index(spec)) % len(ragged)]]
+    return ragged or found
+
+
+def others(family: str, spec: Spec) -> list[str]:
+    """Those of `WIDE` that `some` leaves to `make test-all`."""
+    taken = some(family, spec)
+    return [p for p in accepted(family, spec) if p in WIDE and p not in taken]
 
 
 @dataclass
@@ -313,6 +252,22 @@ def run(model: Any, inputs: Mapping[str, Any], **options: Any) -> Any:
     if "input_ids" not in inputs or not isinstance(out, Tensor):
         return out
     return out[:, inputs["input_ids"].shape[1] :]
+
+
+@cache
+def stock(family: str, layers: int | None, prompt: str) -> Any:
+    """What the stock model with so many layers adds, with logits, and its output of a forward."""
+    model, inputs = Spec("none", layers=layers).model(family), cached_inputs(family, prompt)
+    logits = {"return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        return run(model, inputs, **logits), model(**inputs)
+
+
+@lru_cache(1024)
+def decided(family: str, spec: Spec, prompt: str) -> tuple[Tensor, Decision]:
+    """What a first run of the method adds, and what it decided: others are compared with it."""
+    with patched(spec, family) as decision:
+        return run(spec.model(family), cached_inputs(family, prompt)), decision()
 
 
 def run_fed(model: Any, given: Fed, **options: Any) -> Tensor:
@@ -394,9 +349,9 @@ def want(spec: Spec, family: str, inputs: Inputs, decision: Decision, mode: str)
 
 def cells(*axes: Sequence[Any], full: Sequence[str] = FULL) -> list[Any]:
     """Every family with every combination of the axes; slow, beyond those that the default run
-    covers: the families of `full` with all but further options of a method and `COMPOSED_ONLY`, of
-    the others each value of each axis once; further options of methods over layers in every fourth
-    family, `COMPOSED_ONLY` in every second."""
+    covers: the families of `full` with all but further options of a method and `COMPOSED_ONLY`,
+    but of a third axis one value by turns; of the others each value of each axis once; further
+    options of methods over layers in every fourth family, `COMPOSED_ONLY` in every second."""
     further = {spec for name in VARIANTS for spec in specs_of(name)[1:]}
     out = []
     for f, family in enumerate(FAMILIES):
@@ -404,7 +359,7 @@ def cells(*axes: Sequence[Any], full: Sequence[str] = FULL) -> list[Any]:
         for cell in _combinations(axes):
             more = further & set(cell)
             composed = [s for s in cell if isinstance(s, Spec) and s.name in COMPOSED_ONLY]
-            fully = family in full and not more and not composed
+            fully = family in full and not more and not composed and _in_turn(cell, axes)
             by_turns = all((f + SPECS.index(spec)) % 4 == 0 for spec in more if spec.over_layers)
             by_turns &= all((f + SPECS.index(spec)) % 2 == 0 for spec in composed)
             marks = () if fully or (cell in chosen and by_turns) else (pytest.mark.slow,)
@@ -417,6 +372,12 @@ def _combinations(axes: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
     for axis in axes:
         found = [(*cell, value) for cell in found for value in axis]
     return found
+
+
+def _in_turn(cell: Sequence[Any], axes: Sequence[Sequence[Any]]) -> bool:
+    """Whether the values of axes behind the second are those whose turn it is."""
+    at = [list(axis).index(value) for value, axis in zip(cell, axes, strict=True)]
+    return all(at[a] == sum(at[:2]) % len(axes[a]) for a in range(2, len(axes)))
 
 
 def _pairs(shift: int, *axes: Sequence[Any]) -> set[tuple[Any, ...]]:
