@@ -108,6 +108,7 @@ def test_with_compression(shell, model_name):
     assert (found["avg_n_samples"], found["avg_n_failed"]) == (18, 0)
 
 
+@pytest.mark.slow
 def test_without_compression(shell, model_name, tasks_folder):
     done, results, samples = evaluated(
         shell, model_name, "method=none", "vtc_scenes", str(tasks_folder)

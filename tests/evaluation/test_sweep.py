@@ -13,8 +13,10 @@ import pytest
 
 from vtc.cli import main
 from vtc.errors import InputError, OptionError, SampleError, SignalError, VtcError
-from vtc.evaluation import answering, fingerprint, store
+from vtc.evaluation import answering, fingerprint, sections, store
+from vtc.evaluation.answering import Answering
 from vtc.evaluation.compression import Compression
+from vtc.evaluation.figures import Chart
 from vtc.evaluation.kept import Kept
 from vtc.evaluation.model import Vtc
 
@@ -52,6 +54,14 @@ def runs(monkeypatch):
     return runs
 
 
+@pytest.fixture
+def bare(monkeypatch):
+    """Sweeps without what has tests of its own: the check of blindness, and drawn figures."""
+    monkeypatch.setattr(Answering, "check_blind", lambda *_: [])
+    monkeypatch.setattr(Chart, "sheet", lambda _: {})
+    monkeypatch.setattr(sections, "_plots", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(sweep, tmp_path_factory):
     return sweep(tmp_path_factory.mktemp("uninterrupted") / "out")
@@ -83,6 +93,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_the_same(sweep, uninterrupted, tm
     assert {name: (out / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.usefixtures("bare")
 def test_another_fingerprint_runs_everything_again(sweep, tmp_path, runs, monkeypatch):
     out = tmp_path / "out"
     given = {"questions": 2, "timed_samples": 0}
@@ -95,6 +106,7 @@ def test_another_fingerprint_runs_everything_again(sweep, tmp_path, runs, monkey
     assert len(runs) == 2 * CELLS
 
 
+@pytest.mark.usefixtures("bare")
 def test_only_damaged_and_new_cells_are_run(sweep, tmp_path, runs):
     out, given = tmp_path / "out", {"questions": 2, "timed_samples": 0}
     sweep(out, **given)
@@ -124,6 +136,7 @@ def test_a_failed_sample_ends_the_sweep_without_a_report(broken_tasks, tmp_path,
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_failure_in_a_later_cell_keeps_the_finished_ones(sweep, tmp_path, runs, monkeypatch):
     stock = Vtc._generate
 
@@ -161,7 +174,12 @@ def test_a_folder_that_takes_no_files_is_refused_first(
     ("wrong", "message"),
     [
         (["--methods", "nope"], "method 'nope' is unknown; expected one of"),
-        (["--tasks", "nope"], "task 'nope' is unknown; expected one of vtc_"),
+        # all tasks of lmms-eval are looked through, as in test_evaluate.py
+        pytest.param(
+            ["--tasks", "nope"],
+            "task 'nope' is unknown; expected one of vtc_",
+            marks=pytest.mark.slow,
+        ),
         (["--methods", "vtc_cls:start=30"], "leaves no block on this encoder"),
     ],
 )
@@ -236,6 +254,7 @@ def test_what_was_kept_lies_beside_the_samples(uninterrupted):
         assert size < 4096
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_task_without_questions_is_left_out_and_said(sweep, tasks_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=lambda seconds: None))
     folder = tmp_path / "tasks"
@@ -250,6 +269,7 @@ def test_a_task_without_questions_is_left_out_and_said(sweep, tasks_folder, tmp_
         sweep(tmp_path / "none", tasks=("vtc_captions",), **given)
 
 
+@pytest.mark.usefixtures("bare")
 def test_answers_outlive_their_questions(sweep, tasks_folder, tmp_path, runs, monkeypatch):
     monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=lambda seconds: None))
     # as of a task that reads the hub: the questions are no part of the folder
@@ -268,6 +288,7 @@ def test_answers_outlive_their_questions(sweep, tasks_folder, tmp_path, runs, mo
     assert note.startswith("vtc_scenes: no pictures, because the questions of vtc_scenes could not")
 
 
+@pytest.mark.usefixtures("bare")
 def test_no_question_counts_twice(sweep, tasks_folder, tmp_path, runs):
     folder = shutil.copytree(tasks_folder, tmp_path / "tasks")
     (folder / "both.yaml").write_text("group: both\ntask: [vtc_scenes, vtc_captions]\n")
@@ -284,6 +305,7 @@ def test_no_question_counts_twice(sweep, tasks_folder, tmp_path, runs):
         sweep(tmp_path / "out", tasks=("vtc_scenes", "both"), **given)
 
 
+@pytest.mark.usefixtures("bare")
 def test_what_was_written_by_half_is_gone_after_the_next_run(sweep, tmp_path):
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], **TEXT).stdout
     out = tmp_path / "out"
@@ -295,6 +317,7 @@ def test_what_was_written_by_half_is_gone_after_the_next_run(sweep, tmp_path):
     assert not any(half.exists() for half in halves)
 
 
+@pytest.mark.usefixtures("bare")
 def test_what_one_of_several_models_refuses_is_a_note(sweep, tmp_path, monkeypatch):
     stock = Compression.patch
 
@@ -324,6 +347,7 @@ def test_workers_answer_as_one_process(sweep, uninterrupted, tmp_path):
     assert json.loads((out / "table.json").read_text())["environment"]["workers"] == "2"
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_failure_in_a_worker_is_the_same_error(sweep, broken_tasks, tmp_path):
     message = r"cell llava vtc_scenes \w+.*: 1 of 8 samples failed.* question 3 of vtc_scenes"
     with pytest.raises(SampleError, match=message):
@@ -331,6 +355,7 @@ def test_a_failure_in_a_worker_is_the_same_error(sweep, broken_tasks, tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.usefixtures("bare")
 def test_questions_that_were_not_timed_have_no_times(sweep, tmp_path, batch_size):
     # with batches of two, the third is alone in its call
     given = {"questions": 3, "batch_size": batch_size}
