@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[float | None, dict[str, Any]]] = {
     "var": (None, {"dims": (3, 17), "tau": 1.5, "rho": 1.0, "least": 0.0}),
     "sink_removal": (None, {"mode": "mask", "dims": (3, 17), "tau": 1.5}),
 }
+PART = {"all": [*METHODS], "even": [*METHODS][::2], "odd": [*METHODS][1::2]}
 ROWS: list[list[Any]] = [[4, ("image", 24, 24), 5], [2, ("image", 24, 48), 9]]
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": PLACEHOLDERS}
 
@@ -132,26 +133,32 @@ def placed(model: Any, split: str, first: torch.device, second: torch.device) ->
 
 
 @pytest.mark.parametrize(
-    "family, split",
-    # the second split cuts the LLM in two as well
-    [("llava", "encoder | LLM"), ("qwen3_vl", "encoder | LLM")]
+    "family, split, part",
+    # the second split cuts the LLM in two as well; by default a run of each kind of tower, and of
+    # the first split each method in one family
+    [
+        ("llava", "encoder | LLM", "even"),
+        ("qwen3_vl", "encoder | LLM", "odd"),
+        pytest.param("llava", "encoder | LLM", "odd", marks=SLOW),
+        pytest.param("qwen3_vl", "encoder | LLM", "even", marks=SLOW),
+    ]
     + [
-        # tower and LLM are cut at once; a run of each kind of tower by default
         pytest.param(
-            family, "inside the encoder", marks=[] if family in ("llava", "qwen2_5_vl") else SLOW
+            *(family, "inside the encoder", "all"),
+            marks=[] if family in ("llava", "qwen2_5_vl") else SLOW,
         )
         for family in FAMILIES
     ],
 )
 def test_spread_over_two_devices(
-    family: str, split: str, devices: tuple[torch.device, torch.device]
+    family: str, split: str, part: str, devices: tuple[torch.device, torch.device]
 ) -> None:
-    want = {method: expected(family, method) for method in METHODS}
+    want = {method: expected(family, method) for method in PART[part]}
     model = placed(build_model(family), split, *devices)
     assert len({weight.device for weight in model.parameters()}) == 2
     entrance = model.get_input_embeddings().weight.device
     inputs = {name: value.to(entrance) for name, value in inputs_of(family).items()}
-    for method in METHODS:
+    for method in PART[part]:
         check(answers(model, inputs, method), want[method])
 
 
