@@ -11,6 +11,9 @@ from torch import Tensor
 
 from vtc.errors import VtcError
 
+# what is said, as a `VtcError` unless it is an error already
+Problem = str | VtcError
+
 _later: ContextVar[Deferred | None] = ContextVar("vtc_checks", default=None)
 
 
@@ -18,11 +21,11 @@ class Deferred:
     """Checks whose answers nobody has read yet."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[Tensor, str]] = []
+        self._found: list[tuple[Tensor, Problem]] = []
 
-    def add(self, bad: Tensor, message: str) -> None:
+    def add(self, bad: Tensor, problem: Problem) -> None:
         """Remember `bad`, a truth value on its device."""
-        self._found.append((bad, message))
+        self._found.append((bad, problem))
 
     @property
     def flags(self) -> list[Tensor]:
@@ -30,20 +33,20 @@ class Deferred:
         return [bad for bad, _ in self._found]
 
     @property
-    def messages(self) -> list[str]:
+    def messages(self) -> list[Problem]:
         """What each would say."""
-        return [message for _, message in self._found]
+        return [problem for _, problem in self._found]
 
     def settle(self) -> None:
         """Read all of them; raises the first `VtcError`."""
         found, self._found = self._found, []
         for device in {bad.device for bad, _ in found}:
-            here = [(bad, message) for bad, message in found if bad.device == device]
-            for is_bad, (_, message) in zip(
+            here = [(bad, problem) for bad, problem in found if bad.device == device]
+            for is_bad, (_, problem) in zip(
                 torch.stack([bad for bad, _ in here]).tolist(), here, strict=True
             ):
                 if is_bad:
-                    raise VtcError(message)
+                    raise _error(problem)
 
 
 @contextmanager
@@ -56,10 +59,14 @@ def deferred(later: Deferred) -> Iterator[None]:
         _later.reset(before)
 
 
-def require_none(bad: Tensor, message: str) -> None:
-    """Raise `VtcError` if any of `bad` is true."""
+def require_none(bad: Tensor, problem: Problem) -> None:
+    """Raise `VtcError`, or the error given, if any of `bad` is true."""
     found = bad.any()
     if (later := _later.get()) is not None:
-        later.add(found, message)
+        later.add(found, problem)
     elif bool(found):
-        raise VtcError(message)
+        raise _error(problem)
+
+
+def _error(problem: Problem) -> VtcError:
+    return problem if isinstance(problem, VtcError) else VtcError(problem)

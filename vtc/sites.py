@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vtc.entrance import Entrance, Heads
 from vtc.errors import VtcError
@@ -156,7 +157,8 @@ class LayerView:
         scale: what q·k is multiplied by.
         hidden: `[B, S, D]`, the residual stream behind the layer: the input of the next.
         newlines: `int64[M, 5]`, for each newline token its batch row and column, its group, and the
-            range `first ≤ index < end` of tokens whose row it ends; None: there are none.
+            range `first ≤ index < end` of tokens whose row it ends; a column S: it is gone. None:
+            there are none.
         image_key: `int64[G]` on the CPU, a number made from the pixels of each image; None where
             the method's `needs` do not name it.
         seed: the seed given to `vtc.patch`.
@@ -165,6 +167,9 @@ class LayerView:
         entrance: gives what the first layer got; None: not known.
         final_norm: the language model's last norm, `[..., D]` to `[..., D]`; None: not known.
         ahead: see `next_layer`; None: not known.
+        lengths: how many tokens of each group are still there, where the host knows without asking
+            the device; None: see `left`.
+        rows: the batch row of each group, likewise.
     """
 
     layer: int
@@ -188,6 +193,15 @@ class LayerView:
     entrance: Callable[[], Entrance] | None = None
     final_norm: Callable[[Tensor], Tensor] | None = None
     ahead: Callable[[bool], Heads] | None = None
+    lengths: tuple[int, ...] | None = None
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def left(self) -> Tensor:
+        """`int64[G]` on the CPU: tokens of each group that are still there."""
+        if self.lengths is None:
+            return self.valid.sum(-1).cpu()
+        return torch.tensor(self.lengths, dtype=torch.long)
 
     @property
     def reachable(self) -> Tensor:
@@ -204,14 +218,16 @@ class LayerView:
             signals: by key; a number made from the pixels joins them where it is known.
         """
         known = {} if self.image_key is None else {"image_key": self.image_key}
+        parent = self.parent if self.rows is None else torch.tensor([*enumerate(self.rows)])
         return Tokens(
             features=features,
             valid=self.valid,
             grid=((1, 1, self.valid.shape[1]),) * len(self.valid),
-            parent=self.parent,
+            parent=parent,
             signals={**known, **signals},
             seed=self.seed,
             index=self.index,
+            counted=self.lengths,
         )
 
     def next_layer(self, rotary: bool = True) -> LayerView:
@@ -237,7 +253,8 @@ class LayerView:
         """
         left, gone = self.valid & keep, self.valid & ~keep
         group, token = gone.nonzero(as_tuple=True)
-        there = torch.ones_like(self.mask)
+        # newlines that are gone already stand behind all entries
+        there = F.pad(torch.ones_like(self.mask), (0, 1))
         there[self.parent[group, 1], self.columns[group, token]] = False
         newlines = self.newlines
         if newlines is not None:
@@ -247,9 +264,11 @@ class LayerView:
             dead = ~lives.any(-1)
             there[row[dead], column[dead]] = False
             newlines = newlines[~dead]
+        there = there[:, :-1]
         return replace(
             self,
             valid=left,
+            lengths=None,
             index=self.index.masked_fill(~left, 0),
             columns=self.columns.masked_fill(~left, 0),
             mask=self.mask & there,

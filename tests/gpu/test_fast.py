@@ -94,7 +94,7 @@ def test_what_depends_on_numbers_stays_plain(model: Any, family: str, method: st
     report = agree(model, inputs, method, 0.4, True)
     if method == "todre":
         assert report.fast["encoder"] == "cuda"
-        assert report.fast["prefill"].startswith("cuda up to layer 1; then the method decides")
+        assert report.fast["prefill"] == "cuda" and "decides" in report.fast["decode"]
     else:
         assert report.fast["encoder"] == "cuda" or family.startswith("qwen")
 

@@ -232,6 +232,16 @@ class Method:
         become of them."""
         raise NotImplementedError(f"{type(self).__name__} must define layer_cut")
 
+    def layer_counts(self, view: LayerView, budget: Budget) -> Tensor | None:
+        """How many tokens of each group `layer_cut` leaves, `int64[G]` on the CPU, where sizes
+        tell; None: what it sees does."""
+        return None
+
+    def capture_refusal(self) -> str | None:
+        """Why `layer_cut` cannot be part of what is captured; None: it reads nothing off the device
+        where a view knows its `lengths`."""
+        return "the method decides between decoder layers by what they see"
+
     def plan(self, layers: Tokens, facts: Facts, budget: Budget) -> LayerPlan:
         """Decide what visual rows do in each decoder layer, when the model is patched.
 

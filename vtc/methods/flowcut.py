@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import require_none
 from vtc.dispatch import constant
 from vtc.errors import InputError, SignalError
 from vtc.methods.base import Exactness, Method, Site
@@ -224,19 +225,31 @@ class FlowCut(Method):
 
     def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
         """The tokens of each image that the row's last token looks at, `bool[G, N]`."""
-        left, rows = view.valid.sum(-1).cpu(), view.parent[:, 1]
-        wanted = torch.tensor([budget.count(view.tokens[i]) for i in view.parent[:, 0].tolist()])
-        over = left > wanted
+        counts, rows = self.layer_counts(view, budget), view.parent[:, 1]
+        over = view.left > counts
         if not over.any():
             return view.valid
-        if self._reads_text and (view.visual[rows, last_entry(view)[rows]].cpu() & over).any():
-            raise InputError(
-                f"method {self.name!r} asks the last token of a prompt what it looks at, expected "
-                "text after the image, got a prompt that ends with it: put text there or pass "
-                "llm_cut='off'"
+        if self._reads_text:
+            asks_itself = view.visual[rows, last_entry(view)[rows]]
+            require_none(
+                asks_itself & constant(over, asks_itself.device),
+                InputError(
+                    f"method {self.name!r} asks the last token of a prompt what it looks at, "
+                    "expected text after the image, got a prompt that ends with it: put text there "
+                    "or pass llm_cut='off'"
+                ),
             )
         tokens = layer_tokens(view)
-        return self._kept(tokens, self._scores(tokens), torch.minimum(left, wanted))
+        return self._kept(tokens, self._scores(tokens), counts)
+
+    def layer_counts(self, view: LayerView, budget: Budget) -> Tensor:
+        """What the budget says of each image, or what is left of it if that is less."""
+        wanted = torch.tensor([budget.count(n) for n in view.tokens], dtype=torch.long)
+        return torch.minimum(view.left, wanted)
+
+    def capture_refusal(self) -> str | None:
+        """As inside the encoder."""
+        return self.mask_refusal()
 
     @property
     def _reads_text(self) -> bool:

@@ -131,16 +131,27 @@ class LayerCuts(Method, abstract=True):
 
     def layer_cut(self, view: LayerView, budget: Budget) -> Tensor | LayerCut:
         """What the scorer and the selector leave of each image, `bool[G, N]`."""
+        counts = self.layer_counts(view, budget)
+        if torch.equal(view.left, counts):
+            return view.valid
+        return self.chosen(view, counts)
+
+    def layer_counts(self, view: LayerView, budget: Budget) -> Tensor:
+        """What the schedule says of each image, or what is left of it if that is less."""
         facts = _known(self.name, view.facts)
         # stages that fall on the same layer are one: the last of them counts
         stage = max(i for i, layer in enumerate(self.cuts(facts)) if layer == view.layer)
-        left = view.valid.sum(-1).cpu()
-        images = view.parent[:, 0].tolist()
-        wanted = [self.wanted(view.tokens[i], budget, facts)[stage] for i in images]
-        counts = torch.minimum(left, torch.tensor(wanted, dtype=left.dtype))
-        if torch.equal(left, counts):
-            return view.valid
-        return self.chosen(view, counts)
+        wanted = [self.wanted(n, budget, facts)[stage] for n in view.tokens]
+        return torch.minimum(view.left, torch.tensor(wanted, dtype=torch.long))
+
+    def capture_refusal(self) -> str | None:
+        """None where rows of attention are all that is looked at and the highest stay."""
+        own, kind = (LayerCuts.chosen, LayerCuts.layer_cut), type(self)
+        asked = {signal.name for signal in self._asked}
+        plain = (kind.chosen, kind.layer_cut) == own and type(self.active_selector) is TopK
+        if plain and asked <= {"last_row", "next_last_row"}:
+            return None
+        return super().capture_refusal()
 
     @property
     def _asked(self) -> tuple[Signal, ...]:

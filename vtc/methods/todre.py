@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from vtc import ops
@@ -128,19 +129,24 @@ class ToDre(Method):
 
     def ratios(self, view: LayerView) -> tuple[Tensor, Tensor]:
         """a_tv and a_vt of each row, `float32[B]` each."""
-        visual, text = view.visual & view.mask, text_after(view)
-        parts = view.query, view.key, view.scale, view.mask
-        return (
-            ops.causal_mass(*parts, text, visual, view.held),
-            ops.causal_mass(*parts, visual, text, view.held),
-        )
+        text_to_visual = self._text_to_visual(view, text_after(view))
+        # no visual token stands behind the text after the last of them
+        return text_to_visual, torch.zeros_like(text_to_visual)
+
+    def _text_to_visual(self, view: LayerView, text: Tensor) -> Tensor:
+        visual, parts = view.visual & view.mask, (view.query, view.key, view.scale, view.mask)
+        return ops.causal_mass(*parts, text, visual, view.held)
 
     def layer_cut(self, view: LayerView, budget: Budget) -> Tensor:
         """All or none of the visual tokens of each row, `bool[G, N]`."""
-        text_to_visual, visual_to_text = self.ratios(view)
-        drop = (text_to_visual < self.tau) & (visual_to_text < self.tau)
-        drop &= text_after(view).any(-1)
+        text = text_after(view)
+        # a_vt, which is zero, is below any τ that a_tv is below
+        drop = (self._text_to_visual(view, text) < self.tau) & text.any(-1)
         return view.valid & ~drop[view.parent[:, 1]][:, None]
+
+    def capture_refusal(self) -> str | None:
+        """None: the device decides alone."""
+        return None
 
     @property
     def drops_earlier_kv(self) -> bool:

@@ -18,10 +18,12 @@ class Clock:
 
     Args:
         device: where the model is.
+        captured: whether its moments may be part of a captured call: then each replay sets them
+            anew.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, captured: bool = False) -> None:
+        self.device, self._captured = device, captured
         self._moments: dict[str, torch.cuda.Event | float] = {}
         self._spans: list[tuple[Place, str, str]] = []
 
@@ -30,7 +32,7 @@ class Clock:
         if self.device.type != "cuda":
             self._moments[name] = time.perf_counter()
             return
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True, external=self._captured)
         event.record(torch.cuda.current_stream(self.device))
         self._moments[name] = event
 
@@ -44,6 +46,14 @@ class Clock:
         finally:
             self.mark(names[1])
             self._spans.append((place, *names))
+
+    def adopt(self, other: Clock) -> None:
+        """Count the spans of another clock too."""
+        for place, *names in other._spans:
+            own = [f"{name} of {id(other)}" for name in names]
+            for name, theirs in zip(own, names, strict=True):
+                self._moments[name] = other._moments[theirs]
+            self._spans.append((place, own[0], own[1]))
 
     def spanned(self, place: Place) -> float:
         """Milliseconds in the spans of a place."""

@@ -78,14 +78,6 @@ class Compaction:
                 short = repacked(at(self.origin), self.group, ~hidden, at(first)[..., 0].amax(0))
         return short.masked_fill(hidden, 0)
 
-    def without_padding(self) -> Compaction:
-        """The same, told in the caller's rows."""
-        named = {
-            name: (getattr(self, name) - self.padding).clamp_min(0)
-            for name in ("index", "columns", "origin")
-        }
-        return replace(self, **named, padding=0)
-
     def restore(self, hidden: Tensor) -> Tensor:
         """`[B, L, D]` -> `[B, S, D]`: every column takes the last entry at or before it.
 

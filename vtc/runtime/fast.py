@@ -49,9 +49,12 @@ class Fast:
     Attributes:
         told: by part ("encoder", "selection", "prefill", "decode"), how the last call ran it: the
             backend, or why it was left to the stock model.
+        with_cuts: whether the prefill of the call under way is captured with what is decided
+            between its layers.
     """
 
     def __init__(self, session: Session, fast: bool | str) -> None:
+        from vtc.runtime.fast_cuts import FastCuts
         from vtc.runtime.fast_encoder import FastEncoder
         from vtc.runtime.fast_llm import FastLanguageModel
         from vtc.runtime.fast_prefix import FastPrefix
@@ -65,9 +68,11 @@ class Fast:
         self.selection = FastSelection(session, self.graphs)
         self.encoder = FastEncoder(session, self.graphs, fast == "compile")
         self.llm = FastLanguageModel(session.adapter, self.graphs, fast == "compile")
-        self.prefix = FastPrefix(session.adapter, self.graphs)
+        self.prefix = FastPrefix(session.adapter, self.graphs, session.layers)
+        self.cuts = FastCuts(session, self.graphs)
         self.told: dict[str, str] = {}
         self._first = 0  # layers that are captured where the whole is not
+        self.with_cuts = False
         self._closed = 0
         self._blocked: str | None = None
         self._llm_blocked: str | None = None
@@ -87,7 +92,7 @@ class Fast:
     @property
     def prefills(self) -> bool:
         """Whether the prefill of the call under way may be captured."""
-        return self._llm_blocked is None or self._first > 0
+        return self._llm_blocked is None or self.with_cuts or self._first > 0
 
     def clear(self) -> None:
         """Drop all that is captured."""
@@ -100,7 +105,8 @@ class Fast:
         """A call begins: whether anything can be captured, and whether what is still holds."""
         reason = self._why_not()
         self._blocked = reason or self._attached("tower")
-        self._first = 0 if reason else self._before_cuts()
+        self.with_cuts = not reason and self._plain() and self._captures_cuts()
+        self._first = self._before_cuts() if not reason and self._plain() else 0
         self._llm_blocked = reason or self._why_not_llm() or self._attached("llm")
         self.told = dict.fromkeys(("encoder", "selection"), self._blocked or "not run")
         self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
@@ -226,6 +232,10 @@ class Fast:
         if self._llm_blocked is None:
             with self._serving(generates=False):
                 yield
+        elif self.with_cuts:
+            with self.cuts.serving():
+                yield
+            self.told["prefill"] = self.cuts.told or self._llm_blocked
         elif self._first:
             with self.prefix.serving(self._first):
                 yield
@@ -276,19 +286,27 @@ class Fast:
         inside = set(model.modules())
         outside = [m for m in adapter.base.modules() if m not in inside and m is not adapter.base]
         return {
-            "llm": Watch(inside - {model}, model.layers),
+            "llm": Watch(inside - {model}, model.layers, self.session.layers.owns),
             "tower": Watch(outside, self.session.tower.encoder.blocks),
         }
+
+    def _plain(self) -> bool:
+        """Whether cuts are all that is done between decoder layers."""
+        layers, adapter = self.session.layers, self.session.adapter
+        if not layers.cuts or self.session.rows.acts or adapter.deepstack_layers:
+            return False
+        return self.llm.refusal() is None
+
+    def _captures_cuts(self) -> bool:
+        return self.cuts.refusal() is None and self._attached("llm") is None
 
     def _before_cuts(self) -> int:
         """How many decoder layers run before the method first decides between them, where they are
         worth to be captured by themselves."""
-        layers, adapter = self.session.layers, self.session.adapter
-        if not layers.cuts or self.session.rows.acts or adapter.deepstack_layers:
+        layers = self.session.layers
+        if self.with_cuts or layers.first_seen < 2:
             return 0
-        if self.llm.refusal() or layers.first_seen < 2:
-            return 0
-        model: Any = adapter.language_model
+        model: Any = self.session.adapter.language_model
         # the method's own hooks are on the layers behind
         later = {m for layer in model.layers[layers.first_seen :] for m in layer.modules()}
         earlier = (m for m in model.modules() if m is not model and m not in later)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc import dispatch, ops
-from vtc.checks import Deferred, deferred
+from vtc.checks import Deferred, Problem, deferred
 from vtc.runtime.aligning import Aligned
 from vtc.runtime.compaction import Compaction
 from vtc.runtime.compiling import compiled_blocks
@@ -98,7 +98,7 @@ class FastEncoder:
         # which operations ran when a call was captured: no replay tells
         self._ran: dict[Any, dict[str, str]] = {}
         # tokens that cuts leave of each image, and what checks of numbers would say
-        self._left: dict[Any, tuple[tuple[int, ...], list[str]]] = {}
+        self._left: dict[Any, tuple[tuple[int, ...], list[Problem]]] = {}
         self.aligned = Aligned()
 
     def refusal(self, images: Images, inputs: Mapping[str, Any]) -> str | None:

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vtc.adapters.base import Adapter
 from vtc.checks import require_none
 from vtc.runtime.attributes import replaced
+from vtc.runtime.captured_run import visible
 from vtc.runtime.compiling import compiled_layers
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.static_cache import CountedCache
@@ -272,7 +273,7 @@ class FastLanguageModel:
                     stack.enter_context(compiled_layers(self.model.layers, cache))
                 out = stock(
                     inputs_embeds=embeds,
-                    attention_mask=_visible(embeds, mask, place),
+                    attention_mask=visible(embeds, mask, place),
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=cache is not None,
@@ -300,15 +301,6 @@ def _inputs(kwargs: Mapping[str, Any], embeds: Tensor, behind: int) -> _Inputs:
     if positions is None:
         positions = torch.arange(behind, behind + length, device=embeds.device)[None]
     return _Inputs(embeds, mask, positions)
-
-
-def _visible(embeds: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-    """What each entry attends to, as numbers to be added, `[B, 1, L, entries]`: once, instead of in
-    each layer."""
-    entry = torch.arange(mask.shape[-1], device=embeds.device)
-    seen = (entry <= place[:, None]) & (mask[:, None] != 0)  # [B, L, entries]
-    lowest = torch.finfo(embeds.dtype).min
-    return torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, lowest)[:, None]
 
 
 def _of_cache(size: tuple[int, int], key: Any) -> bool:

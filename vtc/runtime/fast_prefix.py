@@ -17,6 +17,9 @@ from transformers import DynamicCache
 
 from vtc.adapters.base import Adapter
 from vtc.runtime.graphs import CaptureError, Graphs
+from vtc.runtime.layer_run import LayerRun
+from vtc.runtime.layers import LayerSeam
+from vtc.runtime.static_cache import CapturedEntries
 
 # what a decoder layer may be told; anything else has to be nothing
 _KNOWN = (
@@ -35,14 +38,15 @@ class FastPrefix:
     Args:
         adapter: describes the model.
         graphs: holds what is captured.
+        seam: decides behind these layers.
 
     Attributes:
         told: how the last prefill ran: the backend, or why the stock model ran it.
     """
 
-    def __init__(self, adapter: Adapter, graphs: Graphs) -> None:
+    def __init__(self, adapter: Adapter, graphs: Graphs, seam: LayerSeam) -> None:
         self.model: Any = adapter.language_model
-        self.graphs = graphs
+        self.graphs, self._seam = graphs, seam
         self.told: str | None = None
         self._done: Tensor | None = None
 
@@ -77,7 +81,7 @@ class FastPrefix:
             return None
         cache: Any = kwargs.get("past_key_values")
         mask = kwargs.get("attention_mask")
-        reason = _odd(kwargs, cache, mask)
+        reason = odd(kwargs, cache, mask, self._seam.run)
         if reason is None:
             cos, sin = kwargs["position_embeddings"]
             given = [hidden, cos, sin, *([] if mask is None else [mask])]
@@ -86,9 +90,8 @@ class FastPrefix:
             key = ("first layers", len(layers), cache is not None, shapes, kind)
             run = partial(self._layers, layers, cache is not None)
             try:
-                out, *entries = self.graphs.run(key, run, given)
-                for i in range(len(entries) // 2):
-                    cache.update(entries[2 * i], entries[2 * i + 1], i)
+                out, groups = self.graphs.run(key, run, given)
+                CapturedEntries.into(cache, groups)
                 self.told = self.graphs.backend
                 return out  # type: ignore[no-any-return]
             except CaptureError as error:
@@ -104,9 +107,9 @@ class FastPrefix:
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None = None,
-    ) -> list[Tensor]:
-        """The layers' output, then the keys and values of each."""
-        cache = DynamicCache() if keeps else None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The layers' output, and the keys and values of all."""
+        cache = CapturedEntries(len(layers)) if keeps else None
         for layer in layers:
             hidden = type(layer).forward(
                 layer,
@@ -116,12 +119,13 @@ class FastPrefix:
                 past_key_values=cache,
                 use_cache=keeps,
             )
-        held = [] if cache is None else cache.layers
-        return [hidden, *(x for layer in held for x in (layer.keys, layer.values))]
+        return hidden, [] if cache is None else cache.groups
 
 
-def _odd(kwargs: dict[str, Any], cache: Any, mask: Any) -> str | None:
-    """Why this prefill's first layers are left to the stock model."""
+def odd(kwargs: dict[str, Any], cache: Any, mask: Any, run: LayerRun | None) -> str | None:
+    """Why the layers of this prefill are left to the stock model."""
+    if run is not None and run.records:
+        return "hidden states or attentions are wanted"
     if not (cache is None or (type(cache) is DynamicCache and not cache.get_seq_length())):
         return "it goes on behind a cache of the caller's"
     if not (mask is None or isinstance(mask, Tensor)):

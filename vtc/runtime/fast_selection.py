@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from vtc import dispatch
-from vtc.checks import Deferred, deferred
+from vtc.checks import Deferred, Problem, deferred
 from vtc.dispatch import constant
 from vtc.runtime.deciding import decided
 from vtc.runtime.fast_encoder import Encoded
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.images import Images
-from vtc.runtime.short import Short, short_of
+from vtc.runtime.short import Short, placed_of, short_of
 from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Selection
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _SHORT = ("inputs_embeds", "attention_mask", "position_ids", "shift", "following
 # of `Images`, the same wherever they stand
 _BY_SIZE = ("rows", "valid", "owners", "given")
 _COMPACTED = ("index", "valid", "columns", "origin", "group")
+_PLACED = ("columns", "valid", "index", "newlines")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class FastSelection:
 
     def __init__(self, session: Session, graphs: Graphs) -> None:
         self.session, self.graphs = session, graphs
-        self._made: dict[Any, tuple[list[Selection], Short, list[str], dict[str, str]]] = {}
+        self._made: dict[Any, tuple[list[Selection], Short, list[Problem], dict[str, str]]] = {}
 
     def clear(self) -> None:
         """Forget what is no longer held."""
@@ -169,10 +170,7 @@ class FastSelection:
         for flag, message in zip(flags, messages, strict=True):
             self.session.checks.add(flag, message)
         compaction = replace(short.compaction, length=length, padding=staged.padding, at=None)
-        left, short = _rebuilt(template, replace(short, compaction=compaction), tensors, images)
-        if self.session.acts_later:
-            short = replace(short, compaction=short.compaction.without_padding())
-        return left, short
+        return _rebuilt(template, replace(short, compaction=compaction), tensors, images)
 
     def _decided(
         self,
@@ -183,14 +181,14 @@ class FastSelection:
         at: Tensor,
         positions: Tensor,
     ) -> tuple[list[Selection], Short]:
-        session, images = self.session, _standing(images, at, self.session.acts_later)
+        session, images = self.session, _standing(images, at)
         embedding: Any = session.adapter.model.get_input_embeddings()
         before, session.encoded = session.encoded, encoded
         session.prompt = None
         try:
             groups = encoded.groups(images, embedding.weight.dtype)
             found = decided(session, images, groups, {})
-            selection = _placed(found[-1] if found else session.everything(images), ids.device)
+            selection = _on(found[-1] if found else session.everything(images), ids.device)
             if selection.merge is not None or selection.sends_cls:
                 raise CaptureError("where merged tokens stand is found on the host")
             policy = session.policy if found else "keep"
@@ -198,9 +196,23 @@ class FastSelection:
             text = session.embedded(compaction.gather(ids))
             embeds = encoded.shortened(text, images, compaction)
             short = short_of(compaction, embeds, mask, positions, policy)
+            if session.acts_later:
+                known = self._known(images, encoded)
+                short = replace(short, placed=placed_of(images, short, selection.width, known))
         finally:
             session.encoded = before
         return found, short
+
+    def _known(self, images: Images, encoded: Encoded) -> tuple[int, ...] | None:
+        """How many tokens of each image reach the language model, where sizes tell."""
+        steps = self.session.method.steps(self.session.budget)
+        choosing = [step for step in steps if step.method.site == "llm_input"]
+        if not choosing:
+            return encoded.counts or images.lengths
+        last = choosing[-1]
+        if last.method.count != "exact":
+            return None
+        return tuple(last.budget.counts(images.lengths, images.parent).tolist())
 
 
 def _rows(x: Tensor, shape: torch.Size) -> Tensor:
@@ -208,7 +220,7 @@ def _rows(x: Tensor, shape: torch.Size) -> Tensor:
     return x.expand(*x.shape[:-2], *shape).view(-1, *shape)
 
 
-def _placed(selection: Selection, device: torch.device) -> Selection:
+def _on(selection: Selection, device: torch.device) -> Selection:
     """A selection on the device: what is known on the host follows from sizes."""
     if selection.keep.device == device:
         return selection
@@ -220,23 +232,11 @@ def _placed(selection: Selection, device: torch.device) -> Selection:
     )
 
 
-def _standing(images: Images, at: Tensor, whole: bool) -> Images:
-    """The images where `at` says that they stand; `whole`: with the columns of each."""
-    device, cells = at.device, images.owners.numel()
-    tables: dict[str, Any] = {name: constant(getattr(images, name), device) for name in _BY_SIZE}
-    found = replace(images, at=at, **tables)
-    if whole:
-        here = torch.arange(at.shape[1], device=device).expand_as(at)
-        column = at.new_zeros(cells).scatter(0, at.flatten(), here.flatten())
-        end = 1 + images.columns.numel()
-        lines = constant(images.newlines, device)
-        found = replace(
-            found,
-            columns=column[1:end].view(images.columns.shape),
-            newlines=torch.cat([lines[:, :1], column[end:, None], lines[:, 2:]], 1),
-        )
+def _standing(images: Images, at: Tensor) -> Images:
+    """The images where `at` says that they stand."""
+    tables: dict[str, Any] = {name: constant(getattr(images, name), at.device) for name in _BY_SIZE}
     there = replace(images)
-    there._moved[device] = found
+    there._moved[at.device] = replace(images, at=at, **tables)
     return there
 
 
@@ -244,11 +244,9 @@ def _tensors(found: list[Selection], short: Short) -> list[Tensor]:
     """All that is on the device, in order."""
     selected = [getattr(s, name) for s in found for name in _SELECTED]
     shortened = [getattr(short, name) for name in _SHORT]
-    return [
-        x
-        for x in (*selected, *shortened, *(getattr(short.compaction, name) for name in _COMPACTED))
-        if isinstance(x, Tensor)
-    ]
+    compacted = [getattr(short.compaction, name) for name in _COMPACTED]
+    placed = [getattr(short.placed, name) for name in _PLACED] if short.placed else []
+    return [x for x in (*selected, *shortened, *compacted, *placed) if isinstance(x, Tensor)]
 
 
 def _rebuilt(
@@ -266,4 +264,7 @@ def _rebuilt(
     found = [replace(s, parent=images.parent, **fresh(s, _SELECTED)) for s in template]
     parts = fresh(short, _SHORT)
     compaction = replace(short.compaction, **fresh(short.compaction, _COMPACTED))
-    return found, replace(short, compaction=compaction, **parts)
+    placed = short.placed
+    if placed is not None:
+        placed = replace(placed, visual=parts["visual"], **fresh(placed, _PLACED))
+    return found, replace(short, compaction=compaction, placed=placed, **parts)

@@ -36,6 +36,8 @@ class LayerRun:
         decisions: of a prefill what each cut so far left.
         asking: the entries that alone issue queries in a layer: index and validity, `[k·B, R]`
             each.
+        over: whether all layers have run, as one captured call.
+        records: whether what every layer gives is wanted.
     """
 
     def __init__(
@@ -69,6 +71,9 @@ class LayerRun:
         self._clock: Clock | None = None
         self.asking: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: dict[tuple[int, torch.device], dict[str, Any]] = {}
+        self.over = False
+        wanted = ("output_hidden_states", "output_attentions")
+        self.records = any(given.get(x, getattr(model.config, x, False)) for x in wanted)
 
     def begin(
         self,
@@ -103,7 +108,7 @@ class LayerRun:
         stage = None
         if self.stages:
             while len(self.stages) <= group:
-                with self._timed():
+                with self.timed():
                     self.stages.append(self._cut(self._cuts[len(self.stages) - 1], hidden, given))
             if self.stages[group] is not self.stages[0]:
                 stage = self.stages[group]
@@ -111,8 +116,8 @@ class LayerRun:
             return None
         changed = {}
         if stage is not None and layer == self._cuts[group - 1] + 1:
-            if stage is not self.stages[group - 1]:
-                with self._timed():
+            if stage.source is not self.stages[group - 1].source:
+                with self.timed():
                     hidden = stage.take(hidden)
             changed["hidden_states"] = hidden
         where = (group, hidden.device)
@@ -120,23 +125,15 @@ class LayerRun:
             self._made[where] = self._make(layer, group, stage, hidden, given)
         return changed | self._made[where]
 
-    def _timed(self) -> AbstractContextManager[None]:
+    def timed(self) -> AbstractContextManager[None]:
+        """Within it is time that decisions take."""
         return nullcontext() if self._clock is None else self._clock.span("llm")
 
     def _make(
         self, layer: int, group: int, stage: Stage | None, hidden: Tensor, given: dict[str, Any]
     ) -> dict[str, Any]:
         """Mask and rotary angles of one group, on one device."""
-        from transformers.masking_utils import create_causal_mask
-
-        new = None if stage is None else self._repeated(stage.to(hidden.device).mask)
-        mask = create_causal_mask(
-            config=self._config,
-            inputs_embeds=hidden,
-            attention_mask=self._masks.of(group, new),
-            past_key_values=self._cache,
-            layer_idx=layer,
-        )
+        mask = self._causal(layer, group, stage, hidden)
         if (bias := self._bias(group, stage)) is not None:
             before, queries = self._before[group], hidden.shape[1]
             keys = before + queries
@@ -146,12 +143,26 @@ class LayerRun:
             mask = biased(mask, bias, before, keys, hidden)
         made: dict[str, Any] = {"attention_mask": mask}
         if stage is not None:
-            angles = given["position_embeddings"]
-            made["position_embeddings"] = tuple(stage.rope(x, self._batch) for x in angles)
+            if stage.columns is not self.stages[0].columns:
+                angles = given["position_embeddings"]
+                made["position_embeddings"] = tuple(stage.rope(x, self._batch) for x in angles)
             # rotary angles are all that is made of them; flash attention would read gaps in them
             # as the borders of packed sequences
             made["position_ids"] = None
         return made
+
+    def _causal(self, layer: int, group: int, stage: Stage | None, hidden: Tensor) -> Any:
+        """What each entry may attend to, as the stock model says it."""
+        from transformers.masking_utils import create_causal_mask
+
+        new = None if stage is None else self._repeated(stage.to(hidden.device).mask)
+        return create_causal_mask(
+            config=self._config,
+            inputs_embeds=hidden,
+            attention_mask=self._masks.of(group, new),
+            past_key_values=self._cache,
+            layer_idx=layer,
+        )
 
     def _bias(self, group: int, stage: Stage | None) -> Tensor | None:
         """What is added to attention on the entries of a group's layers: those that the cache held
@@ -176,13 +187,23 @@ class LayerRun:
                 f"the attention of decoder layer {layer} was not seen, expected it to look its "
                 "implementation up in its config: use a stock transformers model"
             )
+        view = self._view(layer, hidden, given)
+        before = self.stages[-1]  # wherever it lies
+        cut = self._decide(view)
+        merged = before.to(view.query.device).merged(cut)
+        after = before.cut(_moved(cut, before.mask.device))
+        self.decisions.append(LayerDecision(layer, after.keep, after.entries, merged))
+        return after
+
+    def _view(self, layer: int, hidden: Tensor, given: dict[str, Any]) -> LayerView:
+        """The sequence as a layer saw it that has run; `given` to the layer behind it."""
         query, key, value, scale = self._seen.pop(layer)
         stage = self.stages[-1].to(query.device)
         if layer in self.asking:
             query = _over_all(query, stage.entries, *self.asking.pop(layer))
         entries, group = stage.entries - stage.extra, len(self.stages) - 1
         heads = self._heads((query, key, value, scale), entries, group)
-        view = LayerView(
+        return LayerView(
             layer=layer,
             valid=stage.valid,
             index=stage.index,
@@ -201,12 +222,6 @@ class LayerRun:
             entrance=partial(self._entrance, stage, entries, given),
             ahead=partial(self._ahead, hidden, stage, given, group),
         )
-        before = self.stages[-1]  # wherever it lies
-        cut = self._decide(view)
-        merged = before.to(query.device).merged(cut)
-        after = before.cut(_moved(cut, before.mask.device))
-        self.decisions.append(LayerDecision(layer, after.keep, after.entries, merged))
-        return after
 
     @property
     def _copies(self) -> int:
@@ -221,9 +236,9 @@ class LayerRun:
         query, key, value, scale = seen
         copies, held = self._copies, self._before[group]
         repeats = query.shape[1] // key.shape[1]
-        key, value = (
-            x[::copies, :, : held + entries].repeat_interleave(repeats, 1) for x in (key, value)
-        )
+        key, value = (x[::copies, :, : held + entries] for x in (key, value))
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
         mask, _ = self._masks.held(group)
         return Heads(
             query=query[::copies, :, :entries],

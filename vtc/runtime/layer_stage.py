@@ -34,7 +34,10 @@ class Placed:
         tokens: N of each image in the stock model.
         visual: `bool[B, S]`, True on visual tokens.
         newlines: `int64[M, 5]`, for each newline token its batch row and column, its group, and the
-            range `first ≤ index < end` of original tokens whose row it ends.
+            range `first ≤ index < end` of original tokens whose row it ends; column S: it is gone.
+        lengths: tokens of each image that reached the language model, where the host knows; None:
+            only the device does.
+        rows: the batch row of each image.
     """
 
     columns: Tensor
@@ -44,6 +47,8 @@ class Placed:
     tokens: tuple[int, ...]
     visual: Tensor
     newlines: Tensor
+    lengths: tuple[int, ...] | None = None
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,11 +170,15 @@ class Stage:
     @property
     def index(self) -> Tensor:
         """`int64[G, N]`: which original token of its image each token is; 0 on padding."""
+        if self.valid is self.placed.valid:
+            return self.placed.index
         return self.placed.index.gather(1, self.slot).masked_fill(~self.valid, 0)
 
     @property
     def keep(self) -> Tensor:
         """`bool[G, N]` over the tokens of `Placed`: those that are left."""
+        if self.columns is self.source:  # nothing has left the sequence
+            return self.valid
         wide = F.pad(torch.zeros_like(self.placed.valid), (0, 1))
         slot = self.slot.masked_fill(~self.valid, wide.shape[1] - 1)
         return wide.scatter(1, slot, True)[:, :-1]
@@ -177,7 +186,7 @@ class Stage:
     @property
     def begun(self) -> Tensor:
         """`bool[B, L]`: False on the padding at the left of each row."""
-        return (self.mask | self.visual).long().cumsum(-1) > 0
+        return (self.mask | self.visual).cumsum(-1) > 0
 
     @property
     def present(self) -> Tensor:
@@ -195,24 +204,71 @@ class Stage:
         gone, left = self.valid & ~keep, self.valid & keep
         if not bool(gone.any()):
             return self
+        stays, lives = self._staying(gone, left)
+        size = max(int(stays.sum(-1).max()), 1), max(int(left.sum(-1).max()), 1)
+        stage = self._shortened(stays, left, self.newlines[lives], *size)
+        if not isinstance(cut, LayerCut):
+            return stage
+        blend = self._blend(cut) if cut.merges else None
+        return dataclasses.replace(
+            stage, blend=blend, bias=self._bias(cut, left, stage.source, stage.real)
+        )
+
+    def cut_to(self, keep: Tensor, entries: int, width: int) -> Stage:
+        """The stage behind a cut that keeps `bool[G, N]`, without asking the device.
+
+        Args:
+            keep: nothing is merged or weighed.
+            entries: length of its rows, no less than of any.
+            width: tokens of a group, no less than of any.
+        """
+        left = self.valid & keep
+        stays, lives = self._staying(self.valid & ~keep, left)
+        column = self.newlines[:, 1].masked_fill(~lives, self.entries)
+        newlines = torch.cat([self.newlines[:, :1], column[:, None], self.newlines[:, 2:]], 1)
+        return self._shortened(stays, left, newlines, entries, width)
+
+    def hidden(self, keep: Tensor) -> Stage:
+        """The stage behind a cut whose entries all stay, but for what is not at `bool[G, N]` is
+        attended to by none. It is the last."""
+        left, rows = self.valid & keep, self.placed.parent[:, 1:]
+        # the scratch column L takes what stays, and padding, whose token is none
+        mask, scratch = F.pad(self.mask, (0, 1)), self.entries
+        places = self.places.masked_fill(keep | ~self.valid, scratch)
+        mask.index_put_((rows, places), mask.new_zeros(()))
+        if len(self.newlines):
+            columns = self.newlines[:, 1].masked_fill(self._newlines_with(left), scratch)
+            mask.index_put_((self.newlines[:, 0], columns), mask.new_zeros(()))
+        return dataclasses.replace(self, mask=mask[:, :-1], valid=left)
+
+    def _staying(self, gone: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """The entries `bool[B, L]` that go on, padding on the left not among them, and the newlines
+        `bool[M]`."""
         rows, stays = self.placed.parent[:, 1:], F.pad(self.begun, (0, 1))
         # the scratch column L takes what is not to be dropped
-        stays[rows, self.places.masked_fill(~gone, self.entries)] = False
+        stays.index_put_((rows, self.places.masked_fill(~gone, self.entries)), stays.new_zeros(()))
+        if not len(self.newlines):
+            return stays[:, :-1], stays.new_zeros(0)
         lives = self._newlines_with(left)
-        stays[self.newlines[:, 0], self.newlines[:, 1].masked_fill(lives, self.entries)] = False
-        stays = stays[:, :-1]
+        columns = self.newlines[:, 1].masked_fill(lives, self.entries)
+        stays.index_put_((self.newlines[:, 0], columns), stays.new_zeros(()))
+        return stays[:, :-1], lives
 
-        short = max(int(stays.sum(-1).max()), 1)
-        here = torch.arange(self.entries, device=stays.device)
-        order = here.masked_fill(~stays, -1).argsort(dim=-1, stable=True)
-        source = order[:, self.entries - short :]
-        moved = torch.zeros_like(order).scatter(1, source, here[:short].expand_as(source))
-        width = max(int(left.sum(-1).max()), 1)
-        tokens = (~left).int().argsort(dim=-1, stable=True)[:, :width]
-        valid = left.gather(1, tokens)
-        newlines = self.newlines[lives].clone()
-        newlines[:, 1] = moved[newlines[:, 0], newlines[:, 1]]
-        real = stays.gather(1, source)
+    def _shortened(
+        self, stays: Tensor, left: Tensor, newlines: Tensor, short: int, width: int
+    ) -> Stage:
+        """The stage of the entries `bool[B, L]` and tokens `bool[G, N]` that go on, at most `short`
+        and `width` of a row and a group."""
+        source, real = ops.packed_index(stays, short)
+        here = torch.arange(short, device=stays.device).expand_as(source)
+        # the scratch column L is where padding comes from, and stays behind all entries
+        moved = torch.full((len(source), self.entries + 1), short, device=stays.device)
+        moved.scatter_(1, source.masked_fill(~real, self.entries), here.masked_fill(~real, short))
+        tokens, valid = ops.packed_index(left, width)
+        if len(newlines):
+            column = moved[newlines[:, 0], newlines[:, 1]]
+            newlines = torch.cat([newlines[:, :1], column[:, None], newlines[:, 2:]], 1)
+        rows = self.placed.parent[:, 1:]
         return dataclasses.replace(
             self,
             source=source,
@@ -224,20 +280,18 @@ class Stage:
             valid=valid,
             slot=self.slot.gather(1, tokens),
             newlines=newlines,
-            blend=self._blend(cut) if isinstance(cut, LayerCut) and cut.merges else None,
-            bias=self._bias(cut, left, source, real),
+            blend=None,
+            bias=None if self.bias is None else _of(self.bias, source, real),
         )
 
-    def _bias(
-        self, cut: Tensor | LayerCut, left: Tensor, source: Tensor, real: Tensor
-    ) -> Tensor | None:
+    def _bias(self, cut: LayerCut, left: Tensor, source: Tensor, real: Tensor) -> Tensor | None:
         """What is added to attention behind a cut, of its entries."""
         bias = self.bias
-        if isinstance(cut, LayerCut) and cut.size is not None:
+        if cut.size is not None:
             bias = torch.zeros(self.mask.shape, device=source.device) if bias is None else bias
             rows = self.placed.parent[:, 1:].expand_as(self.places)[left]
             bias = bias.index_put((rows, self.places[left]), cut.size[left].float().log(), True)
-        return None if bias is None else bias.gather(1, source).masked_fill(~real, 0)
+        return None if bias is None else _of(bias, source, real)
 
     def _blend(self, cut: LayerCut) -> Blend:
         """What the hidden states of this stage become where tokens are merged."""
@@ -296,6 +350,11 @@ class Stage:
         last = torch.maximum(last.cummax(-1).values, first)
         last = repeated(last, len(hidden) // len(columns))
         return ops.compact(hidden, last, torch.ones_like(last, dtype=torch.bool))
+
+
+def _of(x: Tensor, source: Tensor, real: Tensor) -> Tensor:
+    """Numbers of entries as those of the entries they become, 0 on padding."""
+    return x.gather(1, source).masked_fill(~real, 0)
 
 
 def repeated(x: Tensor, copies: int) -> Tensor:

@@ -91,6 +91,16 @@ class LayerSeam:
         return self._lengths
 
     @property
+    def at(self) -> tuple[int, ...]:
+        """The layers behind which is cut."""
+        return self._cuts
+
+    @property
+    def run(self) -> LayerRun | None:
+        """The run of the language model under way, where something is cut."""
+        return self._run
+
+    @property
     def cuts(self) -> bool:
         """Whether anything is cut."""
         return bool(self._cuts)
@@ -139,6 +149,10 @@ class LayerSeam:
                 hook = partial(self._before_layer, i)
                 self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
+    def owns(self, hook: Any) -> bool:
+        """Whether a hook of a layer is one of these."""
+        return isinstance(hook, partial) and hook.func == self._before_layer
+
     def detach(self) -> None:
         """Remove the hooks and everything a broken-off call left."""
         self._wanted = False
@@ -185,7 +199,7 @@ class LayerSeam:
         first = 0 if self._method.drops_earlier_kv else 1
         run = LayerRun(self._language_model, self._cuts, first, state, given)
         if expected is not None:
-            run.begin(*expected, self._decide, self.clock)
+            run.begin(*expected, self.decide, self.clock)
             for layer in self._cuts:
                 attention = self._language_model.layers[layer].self_attn
                 self._probes.enter_context(probed(attention, partial(run.see, layer)))
@@ -194,7 +208,7 @@ class LayerSeam:
     def _before_layer(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._run is None:
+        if self._run is None or self._run.over:
             return None
         given = kwargs
         if args:
@@ -206,13 +220,21 @@ class LayerSeam:
         # by position, as gradient checkpointing wants it
         return (given.pop("hidden_states"),), given
 
-    def _decide(self, view: LayerView) -> Tensor | LayerCut:
-        image_key, seed = self._drawing
-        norm = getattr(self._language_model, "norm", None)
-        view = replace(view, image_key=image_key, seed=seed, facts=self._facts, final_norm=norm)
+    def decide(self, view: LayerView) -> Tensor | LayerCut:
+        """What the method says of a view."""
+        view = self._told(view)
         with torch.no_grad():
             keep = self._method.layer_cut(view, self._budget_of())
         return checked_cut(self._method.name, view, keep)
+
+    def counts(self, view: LayerView) -> Tensor | None:
+        """How many tokens of each image the method leaves of a view, where sizes alone tell."""
+        return self._method.layer_counts(self._told(view), self._budget_of())
+
+    def _told(self, view: LayerView) -> LayerView:
+        image_key, seed = self._drawing
+        norm = getattr(self._language_model, "norm", None)
+        return replace(view, image_key=image_key, seed=seed, facts=self._facts, final_norm=norm)
 
     def _after_language(self, module: nn.Module, args: Any, output: Any) -> Any:
         run = self._run

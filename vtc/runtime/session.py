@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from vtc.runtime.clock import Clock
 from vtc.runtime.compaction import Compaction, Policy, by_row, plan
 from vtc.runtime.deciding import decided
 from vtc.runtime.images import Images, find_images
+from vtc.runtime.layer_stage import LayerDecision
 from vtc.runtime.layers import LayerSeam
 from vtc.runtime.merging import merged
 from vtc.runtime.report import kv_bytes, kv_lengths
@@ -53,10 +55,11 @@ class Call:
     Attributes:
         selection: what reached the language model.
         earlier: what stages before the last one before it left, in order.
-        later: what cuts between decoder layers left, by layer.
+        decisions: what each cut between decoder layers left of `slots`.
         inside: what cuts inside the encoder left, in original patches.
         kv_lengths: entries of each decoder layer's cache after the prefill.
-        slots: which original token each visual token is that reached the language model.
+        slots: which original token each visual token is that reached the language model,
+            `int64[G, N]`.
         plans: what was said about decoder layers instead of tokens.
     """
 
@@ -67,11 +70,27 @@ class Call:
     new_tokens: int | None = None
     kv_bytes: int | None = None
     kv_lengths: tuple[int, ...] = ()
-    later: dict[int, Selection] = field(default_factory=dict)
+    decisions: list[LayerDecision] = field(default_factory=list)
     earlier: tuple[Selection, ...] = ()
     inside: Inside | None = None
     slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     plans: list[LayerPlan] = field(default_factory=list)
+
+    @cached_property
+    def later(self) -> dict[int, Selection]:
+        """What cuts between decoder layers left, by layer; asks the device."""
+        found, slots, images = {}, self.slots.cpu(), self.images
+        for decision in self.decisions:
+            kept = torch.zeros(len(images.lengths), max(images.lengths), dtype=torch.bool)
+            group, slot = decision.keep.cpu().nonzero(as_tuple=True)
+            kept[group, slots[group, slot]] = True
+            left = Selection.of_mask(
+                kept, images.lengths, images.parent, images.grids, images.parts
+            )
+            if decision.merged is not None:
+                left = with_merges(left, *decision.merged, slots)
+            found[decision.layer] = left
+        return found
 
     @property
     def encoder(self) -> Selection | None:
@@ -230,23 +249,20 @@ class Session:
         if (call := self.last) is None:
             return
         call.kv_bytes, call.kv_lengths = kv_bytes(cache), kv_lengths(cache)
-        lengths, images = call.images.lengths, call.images
         call.plans = list(self.rows.plans)
-        for decision in self.layers.decisions if self.layers.cuts else []:
-            kept = torch.zeros(len(lengths), max(lengths), dtype=torch.bool)
-            group, slot = decision.keep.cpu().nonzero(as_tuple=True)
-            kept[group, call.slots[group, slot]] = True
-            left = Selection.of_mask(kept, lengths, images.parent, images.grids, images.parts)
-            if decision.merged is not None:
-                left = with_merges(left, *decision.merged, call.slots)
-            call.later[decision.layer] = left
+        if self.layers.cuts:
+            call.decisions = self.layers.decisions
 
     def expect_layers(self, images: Images, short: Short) -> None:
         """Tell the seams inside the LLM where visual tokens stand in the next prefill."""
         if not self.acts_later or self.last is None:
             return
-        placed = placed_of(images, short)
-        self.last.slots = placed.index.cpu()
+        placed = short.placed
+        if placed is None:
+            selection, cuts = self.last.selection, self.fast is not None and self.fast.with_cuts
+            lengths = tuple(selection.slots.tolist()) if cuts else None
+            placed = placed_of(images, short, selection.slot_positions.shape[1], lengths)
+        self.last.slots = placed.index
         self.layers.expect(placed, short.attention_mask)
         near = any(rule.radius is not None for rule in self.rows.plan.rules)
         self.rows.expect(

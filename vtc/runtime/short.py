@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vtc import ops
+from vtc.dispatch import constant
 from vtc.runtime.compaction import Compaction, Policy
 from vtc.runtime.images import Images
 from vtc.runtime.layer_stage import Placed
@@ -47,6 +49,7 @@ class Short:
         deep: `[B, L, layers · D]` or None.
         visual: `bool[B, L]`.
         compaction: how it was made.
+        placed: where the visual tokens stand in it, where that is known already; see `placed_of`.
     """
 
     inputs_embeds: Tensor
@@ -57,6 +60,7 @@ class Short:
     deep: Tensor | None
     visual: Tensor
     compaction: Compaction
+    placed: Placed | None = None
 
     def deepstack(self, repeats: int = 1) -> dict[str, Any]:
         """The keyword inputs of a language model with DeepStack; each row repeated for beams."""
@@ -71,41 +75,56 @@ class Short:
         }
 
 
-def placed_of(images: Images, short: Short) -> Placed:
-    """Where the visual tokens stand in a short sequence, for cuts between decoder layers."""
+def placed_of(
+    images: Images, short: Short, width: int, lengths: tuple[int, ...] | None = None
+) -> Placed:
+    """Where the visual tokens stand in a short sequence, for cuts between decoder layers. Reads
+    nothing off the device.
+
+    Args:
+        images: of the call.
+        short: the sequence.
+        width: no less than the tokens that are left of any image.
+        lengths: how many are left of each, where the host knows.
+    """
     compaction, device = short.compaction, short.inputs_embeds.device
-    group = compaction.group.masked_fill(~compaction.valid, -1)
-    row, column = (group >= 0).nonzero(as_tuple=True)
-    of, origin = group[row, column], compaction.origin[row, column]
-    counts = of.bincount(minlength=len(images.visuals)).tolist()
-    order = of.argsort(stable=True)
-    # the original token is found by the column whose position an entry takes
-    placed = images.to(device)
-    token = (placed.columns[of] == origin[:, None]).logical_and(placed.valid[of]).int().argmax(-1)
-    columns = pad_sequence(list(column[order].split(counts)), batch_first=True)
-    index = pad_sequence(list(token[order].split(counts)), batch_first=True)
-    lengths = torch.tensor(counts, device=device)
+    found, rows = images.to(device), tuple(images.rows.tolist())
+    # what an entry is, or the token whose position it takes, as `Images.at` counts
+    at = compaction.at if compaction.at is not None else found.at.gather(1, compaction.origin)
+    groups, tokens = images.columns.shape
+    first = constant(tuple(range(1, 1 + groups * tokens, tokens)), device)[:, None]
+    group = _of_rows(compaction.group, found.rows, rows)
+    columns, valid = ops.packed_index(
+        group == constant(tuple(range(groups)), device)[:, None], width
+    )
     return Placed(
         columns=columns,
-        valid=torch.arange(columns.shape[1], device=device) < lengths[:, None],
-        index=index,
-        parent=images.parent.to(device),
+        valid=valid,
+        index=(_of_rows(at, found.rows, rows).gather(1, columns) - first) * valid,
+        parent=constant(images.parent, device),
         tokens=images.lengths,
         visual=short.visual,
-        newlines=_newlines(placed, compaction),
+        newlines=_newlines(images.newlines, at, groups * tokens),
+        lengths=lengths,
+        rows=rows,
     )
 
 
-def _newlines(placed: Images, compaction: Compaction) -> Tensor:
-    """The newline tokens that are left, as in `Images`, at their columns in the short sequence."""
-    lines = placed.newlines
+def _of_rows(x: Tensor, index: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """`x[index]`, where `rows` are the same numbers."""
+    return x if rows == tuple(range(len(x))) else x[index]
+
+
+def _newlines(lines: Tensor, at: Tensor, tokens: int) -> Tensor:
+    """The newline tokens, as in `Images`, at their columns in the short sequence; behind all its
+    entries if they are not left."""
     if not len(lines):
-        return lines
-    rows = lines[:, 0]
-    text = compaction.valid[rows] & (compaction.group[rows] < 0)  # [M, L]
-    found = text & (compaction.columns[rows] == lines[:, 1:2])
-    there = torch.cat([lines[:, :1], found.int().argmax(-1, keepdim=True), lines[:, 2:]], 1)
-    return there[found.any(-1)]
+        return lines.to(at.device)
+    own = torch.arange(1 + tokens, 1 + tokens + len(lines), device=at.device)
+    row, of = (constant(part, at.device) for part in (lines[:, 0], lines[:, 2:]))
+    found = at[row] == own[:, None]  # [M, L]
+    column = torch.where(found.any(-1), found.int().argmax(-1), found.shape[1])
+    return torch.cat([row[:, None], column[:, None], of], 1)
 
 
 def cells_of(images: Images, placed: Placed) -> Tensor:

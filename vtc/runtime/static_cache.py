@@ -5,8 +5,10 @@ A `StaticCache` of transformers whose length the host knows, so that nothing wai
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,8 +136,57 @@ class CountedCache(StaticCache):  # type: ignore[misc]
         keys, values = (memory[..., : self.filled, :].clone() for memory in self._memory)
         copy = DynamicCache()
         for i in range(len(self.layers)):
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys[i], values[i])
-            layer.keys, layer.values = keys[i], values[i]
-            copy.layers.append(layer)
+            fill(copy, i, keys[i], values[i])
         return copy
+
+
+def fill(cache: DynamicCache, layer: int, keys: Tensor, values: Tensor) -> None:
+    """Let a layer of an empty cache hold these tensors, not copies of them."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    own = cache.layers[layer]
+    own.dtype, own.device, own.is_initialized = keys.dtype, keys.device, True
+    own.keys, own.values = keys, values
+
+
+class CapturedEntries:
+    """In the place of an empty cache while a prefill is captured: of layers with equally many
+    entries all keys and values are one tensor, which leaves the captured call as one copy.
+
+    Args:
+        layers: how many.
+        cuts: the layers behind which their number may change, ascending.
+
+    Attributes:
+        groups: of each group of layers `[2, layers, B, H, L, d]`, keys first.
+    """
+
+    def __init__(self, layers: int, cuts: tuple[int, ...] = ()) -> None:
+        self._cuts = cuts
+        ends = (0, *(cut + 1 for cut in cuts), layers)
+        self._counts = [end - start for start, end in pairwise(ends)]
+        self.groups: list[Tensor] = []
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """All entries of a layer, `[B, H, L, d]` each."""
+        group = bisect_left(self._cuts, layer)
+        first = self._cuts[group - 1] + 1 if group else 0
+        if len(self.groups) == group:
+            self.groups.append(keys.new_empty(2, self._counts[group], *keys.shape))
+        held = self.groups[group][:, layer - first]
+        for own, given in zip(held, (keys, values), strict=True):
+            own.copy_(given)
+        return held[0], held[1]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """What was there before."""
+        return 0
+
+    @staticmethod
+    def into(cache: DynamicCache, groups: list[Tensor]) -> None:
+        """Fill an empty cache, layer by layer."""
+        pairs = [pair for group in groups for pair in zip(*group.unbind(0), strict=True)]
+        for layer, (keys, values) in enumerate(pairs):
+            fill(cache, layer, keys, values)

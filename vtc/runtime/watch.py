@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -10,6 +10,13 @@ from torch import nn
 
 # the hooks by which transformers itself collects hidden states
 _OF_TRANSFORMERS = "output_capturing_hook"
+
+Own = Callable[[Any], bool]
+
+
+def never(hook: Any) -> bool:
+    """No hook."""
+    return False
 
 
 class Watch:
@@ -19,10 +26,11 @@ class Watch:
     Args:
         modules: of a part of a model.
         blocks: of the part.
+        own: whether a hook is known and does no harm.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], blocks: Any) -> None:
-        self._modules = list(modules)
+    def __init__(self, modules: Iterable[nn.Module], blocks: Any, own: Own = never) -> None:
+        self._modules, self._own = list(modules), own
         self._hooks = [
             hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
@@ -49,17 +57,17 @@ class Watch:
         """What is attached to modules that no replay would call."""
         hooks = sum(map(len, self._hooks))
         if hooks != self._attached[0]:
-            self._attached = hooks, attached(self._modules)
+            self._attached = hooks, attached(self._modules, self._own)
         return self._attached[1]
 
 
-def attached(modules: Iterable[nn.Module]) -> str | None:
-    """What somebody has attached to modules, that is called when they run."""
+def attached(modules: Iterable[nn.Module], own: Own = never) -> str | None:
+    """What somebody has attached to modules, that is called when they run, but for `own` hooks."""
     for module in modules:
         if (reason := wrapped(module)) is not None:
             return reason
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(getattr(hook, "__name__", "") != _OF_TRANSFORMERS for hook in hooks):
+        if any(getattr(h, "__name__", "") != _OF_TRANSFORMERS and not own(h) for h in hooks):
             return f"a hook is attached to a {type(module).__name__}, which no replay calls"
     return None
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vtc import ops
+from vtc.checks import require_none
 from vtc.errors import InputError
 from vtc.scorers.base import Scorer
 from vtc.scorers.flow import last_entry
@@ -47,11 +48,13 @@ def last_row(view: LayerView) -> Tensor:
     """
     last = last_entry(view)
     row = view.parent[:, 1]
-    if bool(view.visual.gather(1, last[:, None])[row].any()):
-        raise InputError(
+    require_none(
+        view.visual.gather(1, last[:, None])[row],
+        InputError(
             "the method asks the last token of a prompt what it looks at, expected text after the "
             "image, got a prompt that ends with it: put text there"
-        )
+        ),
+    )
     at = last[:, None, None, None].expand(-1, view.query.shape[1], 1, view.query.shape[3])
     query = view.query.gather(2, at)
     return of_tokens(view, ops.attention_rows(query, view.key, view.scale, view.reachable)[:, 0])
@@ -65,8 +68,9 @@ def next_last_row(view: LayerView) -> Tensor:
 def text_after(view: LayerView) -> Tensor:
     """The entries of each row behind its last visual token, `bool[B, S]`; none in rows without."""
     seen = view.visual & view.mask
-    from_here = seen.flip(-1).cumsum(-1).flip(-1)  # visual tokens at or behind an entry
-    return view.mask & (from_here == 0) & seen.any(-1, keepdim=True)
+    so_far = seen.cumsum(-1)
+    everything = so_far[:, -1:]
+    return view.mask & ~seen & (so_far == everything) & (everything > 0)
 
 
 def asked_text(view: LayerView) -> Tensor:

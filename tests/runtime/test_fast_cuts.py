@@ -1,0 +1,157 @@
+"""Prefills with cuts between decoder layers as one captured call: the answers, the tokens and the
+caches of the plain path, from replays that run none of its Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import vtc
+from tests.kit.frozen import frozen
+from tests.kit.models import PLACEHOLDERS, build_model
+from tests.kit.prompts import build_inputs, prompts
+
+# what says how much is left: sizes alone, behind one layer or several, or what is seen; of that,
+# too, where everything goes and where nothing does
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "todre": ("todre", {}),
+    "todre drops all": ("todre", {"tau": 2.0}),
+    "todre drops none": ("todre", {"tau": 0.0}),
+    "stage 2 alone": ("todre", {"stage1": False, "tau": 2.0}),
+    "flowcut": ("flowcut", {"llm_cut": "on"}),
+    "fastv": ("fastv", {}),
+    "pyramiddrop": ("pyramiddrop", {}),
+}
+# newlines; rotary positions of several axes and grouped heads
+FAMILIES = ("llava_next", "qwen2_5_vl")
+MIXED = "mixed: two images, one image, text only"
+
+
+@pytest.fixture(autouse=True)
+def as_a_graph() -> Iterator[None]:
+    with frozen():
+        yield
+
+
+def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=4,
+        do_sample=False,
+        suppress_tokens=PLACEHOLDERS,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **more,
+    )
+
+
+def patched(model: Any, case: str, fast: Any = False) -> Any:
+    method, options = METHODS[case]
+    keep = None if options.get("stage1") is False else 0.3
+    return vtc.patch(model, method, keep, fast=fast, **options)
+
+
+def same(got: Any, want: Any) -> None:
+    assert torch.equal(got.sequences, want.sequences)
+    for a, b in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def agree(model: Any, inputs: list[dict[str, Any]], case: str) -> None:
+    """Compares tokens, logits of both entrances and what each cut kept, call by call."""
+
+    def ran(handle: Any, given: dict[str, Any]) -> tuple[Any, ...]:
+        answer = generated(model, given)
+        masks = [s.mask() for s in handle.token_selections]
+        with torch.no_grad():
+            logits = model(**given).logits * given["attention_mask"][..., None]
+        return answer, masks, handle.report().layer_tokens, logits
+
+    with patched(model, case) as handle:
+        want = [ran(handle, given) for given in inputs]
+    with patched(model, case, "eager") as handle:
+        for given, (answer, masks, layers, logits) in zip(inputs, want, strict=True):
+            got, found, counts, seen = ran(handle, given)
+            # what came twice is captured: by generate, then by the call behind it
+            assert handle.report().fast["prefill"] == "eager"
+            same(got, answer)
+            assert len(found) == len(masks) and all(map(torch.equal, found, masks))
+            assert counts == layers
+            torch.testing.assert_close(seen, logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replays_decide_on_new_numbers(family: str, case: str) -> None:
+    rows = prompts(family)["ragged"]
+    inputs = [build_inputs(family, rows, seed=seed) for seed in (0, 0, 1)]
+    agree(build_model(family), inputs, case)
+
+
+@pytest.mark.parametrize("case", ["todre drops all", "pyramiddrop"])
+def test_rows_with_several_images_and_with_none(case: str) -> None:
+    inputs = [build_inputs("llava", prompts("llava")[MIXED], seed=seed) for seed in (0, 1)]
+    agree(build_model("llava"), inputs, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "internvl"])
+def test_every_prompt(family: str, case: str) -> None:
+    for rows in prompts(family).values():
+        agree(build_model(family), [build_inputs(family, rows)], case)
+
+
+def lengths(method: str, keep: Any, fast: Any, **options: Any) -> tuple[int, ...]:
+    model, inputs = build_model("llava"), build_inputs("llava", [[3, "image", 5]])
+    with vtc.patch(model, method, keep, fast=fast, **options) as handle:
+        generated(model, inputs)
+        return tuple(handle.report().kv_lengths)
+
+
+def test_what_is_dropped_leaves_the_cache() -> None:
+    plain, fast = (lengths("todre", 0.3, f, tau=2.0) for f in (False, "eager"))
+    assert plain[-1] == fast[-1] == 3 + 5 < plain[0]
+    # behind a cut whose count is known, rows are padded to a multiple of 32
+    plain, fast = (lengths("fastv", 2, f) for f in (False, "eager"))
+    assert plain[0] - plain[-1] == 36 - 2
+    assert fast[-1] % 32 == 0 and plain[0] - plain[-1] - 32 < fast[0] - fast[-1]
+
+
+@pytest.mark.parametrize("case", ["todre", "fastv"])
+def test_what_every_layer_gives_is_left_to_the_layers(case: str) -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    states = []
+    for fast in (False, "eager"):
+        with patched(model, case, fast) as handle, torch.no_grad():
+            states.append(model(**inputs, output_hidden_states=True).hidden_states)
+    assert "hidden states" in handle.report().fast["prefill"]
+    for a, b in zip(*states, strict=True):
+        there = inputs["attention_mask"][..., None] * torch.ones_like(a)
+        torch.testing.assert_close(a * there, b * there, atol=2e-5, rtol=1e-4)
+
+
+def test_a_hook_on_a_layer_is_called() -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    hook = model.model.language_model.layers[-1].register_forward_hook(
+        lambda module, args, out: -out
+    )
+    try:
+        with patched(model, "fastv"):
+            want = generated(model, inputs)
+        with patched(model, "fastv", "eager") as handle:
+            same(generated(model, inputs), want)
+            assert handle.report().fast["prefill"] != "eager"
+    finally:
+        hook.remove()
+
+
+def test_times_of_decisions_are_part_of_the_selector() -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    with patched(model, "pyramiddrop", "eager") as handle:
+        generated(model, inputs)
+        clock = handle._session.layers.clock
+        assert clock is not None and len(clock._spans) >= 3 and clock.spanned("llm") > 0
