@@ -121,6 +121,12 @@ def test_layers_before_the_first_cut_are_captured(depth: int) -> None:
     assert report.fast["encoder"] == "eager"
 
 
+def test_stages_that_look_at_other_blocks_are_told_apart() -> None:
+    model, inputs = llava()
+    stages = vtc.compose(("vtc_cls", 0.5), ("todre", 0.3, {"stage2": False}))
+    assert agree(model, inputs, stages, None).fast["selection"] == "eager"
+
+
 def llava() -> tuple[Any, dict[str, Any]]:
     return build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
 

@@ -30,11 +30,13 @@ class CapturedRun(LayerRun):
 
     counts: Callable[[LayerView], Tensor | None]
     _lengths: tuple[int, ...] | None = None
+    _longest = 0
 
     def _cut(self, layer: int, hidden: Tensor, given: dict[str, Any]) -> Stage:
         before, placed = self.stages[-1], self.stages[0].placed
         if self._lengths is None:
             self._lengths = placed.lengths
+            self._longest = before.entries if placed.longest is None else placed.longest
         view = replace(self._view(layer, hidden, given), lengths=self._lengths, rows=placed.rows)
         counts, cut = self.counts(view), self._decided(view)
         if isinstance(cut, LayerCut):
@@ -48,8 +50,8 @@ class CapturedRun(LayerRun):
             return before
         gone = torch.zeros(len(before.mask), dtype=torch.long)
         gone.index_add_(0, torch.tensor(placed.rows), view.left - counts)
-        entries = before.entries - int(gone.min())
-        entries = min(before.entries, -(-entries // _ALIGNED) * _ALIGNED)
+        self._longest -= int(gone.min())
+        entries = min(before.entries, -(-self._longest // _ALIGNED) * _ALIGNED)
         after = before.cut_to(cut, entries, max(lengths))
         require_none(
             after.valid.sum(-1) != view.valid.logical_and(cut).sum(-1),

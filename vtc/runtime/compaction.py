@@ -202,6 +202,22 @@ def _origins(images: Images, at: Tensor, keep: Tensor, valid: Tensor, positions:
     return torch.where(at > 0, column[takes[at]], here)
 
 
+def longest(images: Images, selection: Selection, shape: torch.Size) -> int:
+    """The length of the longest short row of a prompt of some shape.
+
+    Counted from shapes alone: rows may be shorter, never longer.
+    """
+    batch, length = shape
+    slots = selection.width
+    rows = [length] * batch
+    for row, visual in zip(images.rows.tolist(), images.visuals, strict=True):
+        newlines = len(visual.newlines)
+        kept = min(slots, visual.tokens) if selection.merge is None else slots
+        # a newline stays with a token of its row
+        rows[row] += kept - visual.tokens + min(newlines, kept) - newlines
+    return max(rows)
+
+
 def without_cls(selection: Selection) -> tuple[Selection, Tensor | None]:
     """A selection without the [CLS] that it sends, and the token of each group whose position that
     takes, `int64[G]` on the CPU; None: it sends none."""

@@ -72,8 +72,8 @@ def _tokens(
     # the encoder of a model spread over devices may be elsewhere
     needs = tuple(signal for signal in method.needs if signal.name != CLS_FEATURES)
     signals = {key: x.to(features.device) for key, x in session.signals(needs).items()}
-    drawn = [signal for signal in tower.signals.draws if signal in method.needs]
-    if tower.draws(method):
+    drawn = [s for s in tower.signals.draws if s in method.needs and s.key not in signals]
+    if drawn or any(signal.name == "image_key" for signal in method.needs):
         signals["image_key"] = tower.keys(images, inputs)
     if any(signal.name == ENCODER_ROW for signal in method.needs):
         signals[ENCODER_ROW] = tower.encoder_rows(images)

@@ -13,6 +13,7 @@ from vtc.checks import deferred
 from vtc.errors import OptionError
 from vtc.runtime.attributes import replaced
 from vtc.runtime.cache import remember, remembered
+from vtc.runtime.compaction import longest
 from vtc.runtime.graphs import Backend, CaptureError, Graphs
 from vtc.runtime.watch import Watch, attached, wrapped
 from vtc.types import Selection
@@ -153,23 +154,10 @@ class Fast:
         return encoded, done
 
     def width(self, images: Images, selection: Selection, shape: torch.Size) -> int | None:
-        """The length that short rows are padded to; None: of their longest.
-
-        Counted from shapes alone: rows may be shorter, never longer.
-        """
+        """The length that short rows are padded to; None: of their longest."""
         from vtc.runtime.fast_llm import bucket
 
-        if not self.prefills:
-            return None
-        batch, length = shape
-        slots = selection.width
-        rows = [length] * batch
-        for row, visual in zip(images.rows.tolist(), images.visuals, strict=True):
-            newlines = len(visual.newlines)
-            kept = min(slots, visual.tokens) if selection.merge is None else slots
-            # a newline stays with a token of its row
-            rows[row] += kept - visual.tokens + min(newlines, kept) - newlines
-        return bucket(max(rows))
+        return bucket(longest(images, selection, shape)) if self.prefills else None
 
     @contextmanager
     def generating(self, prompt: int, given: dict[str, Tensor], more: int | None) -> Iterator[None]:

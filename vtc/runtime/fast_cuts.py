@@ -124,7 +124,7 @@ class FastCuts:
             repr(session.budget.keep),
             cache is not None,
             tuple((tuple(x.shape), x.dtype) for x in given),
-            (placed.lengths, placed.tokens, placed.rows),
+            (placed.lengths, placed.tokens, placed.rows, placed.longest),
             self.model.config._attn_implementation,
         )
         function = partial(self._layers, placed, cache is not None)

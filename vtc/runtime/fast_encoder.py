@@ -19,6 +19,7 @@ from vtc.runtime.graphs import Graphs
 from vtc.runtime.images import Images
 from vtc.runtime.masked_cuts import Left
 from vtc.runtime.probe import implementation, together
+from vtc.types import Signal
 
 if TYPE_CHECKING:
     from vtc.runtime.session import Session
@@ -30,13 +31,13 @@ class Encoded:
 
     Attributes:
         features: `[T, D]`, what the stock model puts at `Images.places`.
-        signals: what the method asked for, by key, as in `Tokens.signals`.
+        signals: what the method asked for.
         survivors: `bool[G, N]`, the tokens of patches that cuts left; None: none were cut.
         counts: how many those are of each image.
     """
 
     features: Tensor
-    signals: dict[str, Tensor]
+    signals: dict[Signal, Tensor]
     survivors: Tensor | None = None
     counts: tuple[int, ...] = ()
 
@@ -140,7 +141,7 @@ class FastEncoder:
         """Encode, or raise `CaptureError`."""
         adapter, tower, key = self.session.adapter, self.session.tower, given.key
 
-        def encode(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor], list[Tensor]]:
+        def encode(pixels: Tensor) -> tuple[Any, ...]:
             inputs, checks = {**given.host, given.name: pixels}, Deferred()
             with ExitStack() as stack:
                 stack.enter_context(dispatch.using(self.session.kernels, ran))
@@ -152,7 +153,7 @@ class FastEncoder:
                 stack.enter_context(self.aligned.within(tower.encoder.blocks))
                 if self.compiles and self.graphs.capturing:
                     stack.enter_context(compiled_blocks(tower.encoder))
-                features, signals = adapter.encode(inputs), tower.read()
+                features, signals = adapter.encode(inputs), tower.read_each()
             cuts = tower.masked
             left = None if cuts is None else cuts.left
             self._left[key] = (() if cuts is None else cuts.counts), checks.messages

@@ -7,7 +7,7 @@ so that texts of a bucket share what is captured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 from vtc import dispatch
 from vtc.checks import Deferred, Problem, deferred
 from vtc.dispatch import constant
+from vtc.runtime.compaction import longest
 from vtc.runtime.deciding import decided
 from vtc.runtime.fast_encoder import Encoded
 from vtc.runtime.graphs import CaptureError, Graphs
 from vtc.runtime.images import Images
 from vtc.runtime.short import Short, placed_of, short_of
-from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Selection
+from vtc.scorers import RandomScores
+from vtc.types import ENCODER_ROW, LLM_HIDDEN, TEXT, Selection, Signal, Tokens
 
 if TYPE_CHECKING:
     from vtc.runtime.session import Session
@@ -46,6 +48,7 @@ class Staged:
         kinds: types of mask and position ids.
         axes: P, if there are such.
         padding: columns at the left of each row that are not the prompt's.
+        drawn: signals that are random numbers.
     """
 
     key: tuple[Any, ...]
@@ -53,6 +56,7 @@ class Staged:
     kinds: tuple[torch.dtype, torch.dtype]
     axes: tuple[int, ...]
     padding: int
+    drawn: Mapping[Signal, Tensor] = field(default_factory=dict)
 
     def parts(self, given: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids, mask, what stands in each column `[B, S]`, and position ids `[(P,) B, S]`."""
@@ -82,8 +86,6 @@ class FastSelection:
         session = self.session
         if any(need.name in ("image_key", LLM_HIDDEN, TEXT) for need in session.method.needs):
             return "the method needs more than the encoder gives"
-        if session.tower.signals.draws:
-            return "the method draws numbers on the host"
         steps = session.method.steps(session.budget)
         choosing = [s.method for s in steps if s.method.site == "llm_input"]
         if any(method.count == "adaptive" for method in choosing):
@@ -130,7 +132,26 @@ class FastSelection:
             repr(session.budget.keep),  # 1 token is not all of them
             session.policy,
         )
-        return Staged(key, given, kinds, axes, padding)
+        return Staged(key, given, kinds, axes, padding, self._drawn(images, ids.device))
+
+    def _drawn(self, images: Images, device: torch.device) -> dict[Signal, Tensor]:
+        """The signals that are drawn, from numbers of the pixels that are known already."""
+        draws = [s for s in self.session.tower.signals.draws if s in self.session.method.needs]
+        if not draws:
+            return {}
+        tokens = Tokens(
+            features=torch.zeros(*images.valid.shape, 0),
+            valid=images.valid,
+            grid=images.grids,
+            parent=images.parent,
+            signals={"image_key": self.session.tower.keys(images, {})},
+            seed=self.session.seed,
+            counted=images.lengths,
+        )
+        scores = RandomScores()(tokens)[:, None]
+        if device.type == "cuda":
+            scores = scores.pin_memory().to(device, non_blocking=True)
+        return dict.fromkeys(draws, scores)
 
     def __call__(
         self, images: Images, staged: Staged, encoded: Encoded
@@ -145,7 +166,8 @@ class FastSelection:
         Raises:
             CaptureError: it cannot be captured.
         """
-        names, length = sorted(encoded.signals), images.at.shape[1]
+        known, length = {**encoded.signals, **staged.drawn}, images.at.shape[1]
+        names = sorted(known, key=repr)
         made: dict[str, str] = {}
 
         def run(*given: Tensor) -> list[Tensor]:
@@ -159,7 +181,7 @@ class FastSelection:
             self._made[staged.key] = (left, short, checks.messages, made)
             return [*_tensors(left, short), *checks.flags]
 
-        signals = [encoded.signals[name] for name in names]
+        signals = [known[name] for name in names]
         signals += [] if encoded.survivors is None else [encoded.survivors]
         inputs = [staged.given, encoded.features, *signals]
         tensors = self.graphs.run(staged.key, run, inputs, patient=True)
@@ -197,8 +219,9 @@ class FastSelection:
             embeds = encoded.shortened(text, images, compaction)
             short = short_of(compaction, embeds, mask, positions, policy)
             if session.acts_later:
-                known = self._known(images, encoded)
-                short = replace(short, placed=placed_of(images, short, selection.width, known))
+                placed = placed_of(images, short, selection.width, self._known(images, encoded))
+                rows = longest(images, selection, mask.shape)
+                short = replace(short, placed=replace(placed, longest=rows))
         finally:
             session.encoded = before
         return found, short

@@ -38,6 +38,7 @@ class Placed:
         lengths: tokens of each image that reached the language model, where the host knows; None:
             only the device does.
         rows: the batch row of each image.
+        longest: no less than the entries of any row but its padding, where the host knows.
     """
 
     columns: Tensor
@@ -49,6 +50,7 @@ class Placed:
     newlines: Tensor
     lengths: tuple[int, ...] | None = None
     rows: tuple[int, ...] = ()
+    longest: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -444,4 +444,4 @@ class Session:
         if self.encoded is None:
             return self.tower.read(needs)
         found = self.encoded.signals
-        return {need.key: found[need.key] for need in needs if need.key in found}
+        return {need.key: found[need] for need in needs if need in found}

@@ -224,6 +224,12 @@ class Tower:
             found[key] = padded if key in vectors else padded.transpose(1, 2)
         return found
 
+    def read_each(self) -> dict[Signal, Tensor]:
+        """The same of all signals but those that are drawn, told apart: stages of a composition may
+        ask for other blocks under the same key."""
+        found = {signal: self.read((signal,)) for signal in self.signals.windows}
+        return {signal: read[signal.key] for signal, read in found.items() if read}
+
     def encoder_rows(self, images: Images) -> Tensor:
         """The crop, tile or frame of its image that each token is from, most of it where it is of
         several: `int64[G, N]` on the CPU, 0 on padding."""
