@@ -4,14 +4,18 @@ whole generates."""
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+import vtc
 from vtc.bench import splits
 from vtc.bench.providers import Provider
 from vtc.bench.rows import Row
@@ -188,7 +192,8 @@ def emptied(device: torch.device) -> None:
 def where(error: BaseException) -> str:
     """The innermost place in a model's or this package's code."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if "transformers" in f.filename or "vtc" in f.filename]
+    packages = [str(Path(str(module.__file__)).parent) for module in (transformers, vtc)]
+    own = [f for f in frames if any(f.filename.startswith(p + os.sep) for p in packages)]
     last = (own or list(frames))[-1]
     return f"{last.filename.rsplit('/', 1)[-1]}, {last.name}, line {last.lineno}"
 

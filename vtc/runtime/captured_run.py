@@ -52,7 +52,7 @@ class CapturedRun(LayerRun):
         gone.index_add_(0, torch.tensor(placed.rows), view.left - counts)
         self._longest -= int(gone.min())
         entries = min(before.entries, -(-self._longest // _ALIGNED) * _ALIGNED)
-        after = before.cut_to(cut, entries, max(lengths))
+        after = before.cut_to(cut, entries, lengths)
         require_none(
             after.valid.sum(-1) != view.valid.logical_and(cut).sum(-1),
             "a cut between decoder layers left more tokens than its sizes say, expected as many: "

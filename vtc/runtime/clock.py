@@ -47,6 +47,11 @@ class Clock:
             self.mark(names[1])
             self._spans.append((place, *names))
 
+    @property
+    def spans(self) -> int:
+        """How many there were."""
+        return len(self._spans)
+
     def adopt(self, other: Clock) -> None:
         """Count the spans of another clock too."""
         for place, *names in other._spans:

@@ -208,7 +208,7 @@ class Stage:
             return self
         stays, lives = self._staying(gone, left)
         size = max(int(stays.sum(-1).max()), 1), max(int(left.sum(-1).max()), 1)
-        stage = self._shortened(stays, left, self.newlines[lives], *size)
+        stage = self._shortened(stays, left, self.newlines[lives], *size, False)
         if not isinstance(cut, LayerCut):
             return stage
         blend = self._blend(cut) if cut.merges else None
@@ -216,19 +216,20 @@ class Stage:
             stage, blend=blend, bias=self._bias(cut, left, stage.source, stage.real)
         )
 
-    def cut_to(self, keep: Tensor, entries: int, width: int) -> Stage:
+    def cut_to(self, keep: Tensor, entries: int, lengths: tuple[int, ...]) -> Stage:
         """The stage behind a cut that keeps `bool[G, N]`, without asking the device.
 
         Args:
             keep: nothing is merged or weighed.
             entries: length of its rows, no less than of any.
-            width: tokens of a group, no less than of any.
+            lengths: how many it keeps of each group.
         """
         left = self.valid & keep
         stays, lives = self._staying(self.valid & ~keep, left)
         column = self.newlines[:, 1].masked_fill(~lives, self.entries)
         newlines = torch.cat([self.newlines[:, :1], column[:, None], self.newlines[:, 2:]], 1)
-        return self._shortened(stays, left, newlines, entries, width)
+        even, width = len(set(lengths)) == 1, max(lengths)
+        return self._shortened(stays, left, newlines, entries, width, even)
 
     def hidden(self, keep: Tensor) -> Stage:
         """The stage behind a cut whose entries all stay, but for what is not at `bool[G, N]` is
@@ -257,16 +258,16 @@ class Stage:
         return stays[:, :-1], lives
 
     def _shortened(
-        self, stays: Tensor, left: Tensor, newlines: Tensor, short: int, width: int
+        self, stays: Tensor, left: Tensor, newlines: Tensor, short: int, width: int, even: bool
     ) -> Stage:
         """The stage of the entries `bool[B, L]` and tokens `bool[G, N]` that go on, at most `short`
-        and `width` of a row and a group."""
+        and `width` of a row and a group; `even`: so many of every group."""
         source, real = ops.packed_index(stays, short)
         here = torch.arange(short, device=stays.device).expand_as(source)
         # the scratch column L is where padding comes from, and stays behind all entries
         moved = torch.full((len(source), self.entries + 1), short, device=stays.device)
         moved.scatter_(1, source.masked_fill(~real, self.entries), here.masked_fill(~real, short))
-        tokens, valid = ops.packed_index(left, width)
+        tokens, valid = leading(*ops.packed_index(left, width), even)
         if len(newlines):
             column = moved[newlines[:, 0], newlines[:, 1]]
             newlines = torch.cat([newlines[:, :1], column[:, None], newlines[:, 2:]], 1)
@@ -352,6 +353,17 @@ class Stage:
         last = torch.maximum(last.cummax(-1).values, first)
         last = repeated(last, len(hidden) // len(columns))
         return ops.compact(hidden, last, torch.ones_like(last, dtype=torch.bool))
+
+
+def leading(index: Tensor, valid: Tensor, even: bool) -> tuple[Tensor, Tensor]:
+    """What `ops.packed_index` gives with the padding behind instead of in front; `even`: there is
+    none."""
+    if even:
+        return index, valid
+    width, count = index.shape[1], valid.sum(-1, keepdim=True)
+    here = torch.arange(width, device=index.device)
+    there = here < count
+    return index.gather(1, (here + width - count).clamp_max(width - 1)) * there, there
 
 
 def _of(x: Tensor, source: Tensor, real: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ def report_of(session: Session, call: Call, positions: str) -> Report:
     actives = tuple(mean / n for mean, n in zip(means, visual, strict=True))
     clock = call.clock
     encoder, selector = clock.ms("start", "encoded"), clock.ms("encoded", "selected")
-    inside = clock.spanned("encoder")
+    inside, between = clock.spanned("encoder"), clock.spanned("llm")
+    decides = selector is not None or clock.spans
     decode, later = clock.ms("first", "end"), (call.new_tokens or 0) - 1
     return Report(
         method=session.method.name,
@@ -151,7 +152,7 @@ def report_of(session: Session, call: Call, positions: str) -> Report:
         kept_fraction=sum(fractions) / len(fractions),
         kept_fractions=fractions,
         encoder_ms=None if encoder is None else encoder - inside,
-        selector_ms=None if selector is None else selector + inside + clock.spanned("llm"),
+        selector_ms=(selector or 0.0) + inside + between if decides else None,
         ttft_ms=clock.ms("start", "first"),
         tpot_ms=decode / later if decode is not None and later > 0 else None,
         new_tokens=call.new_tokens,

@@ -14,7 +14,7 @@ from vtc import ops
 from vtc.dispatch import constant
 from vtc.runtime.compaction import Compaction, Policy
 from vtc.runtime.images import Images
-from vtc.runtime.layer_stage import Placed
+from vtc.runtime.layer_stage import Placed, leading
 from vtc.types import Selection
 
 
@@ -94,9 +94,9 @@ def placed_of(
     groups, tokens = images.columns.shape
     first = constant(tuple(range(1, 1 + groups * tokens, tokens)), device)[:, None]
     group = _of_rows(compaction.group, found.rows, rows)
-    columns, valid = ops.packed_index(
-        group == constant(tuple(range(groups)), device)[:, None], width
-    )
+    own = group == constant(tuple(range(groups)), device)[:, None]
+    even = lengths is not None and set(lengths) == {width}
+    columns, valid = leading(*ops.packed_index(own, width), even)
     return Placed(
         columns=columns,
         valid=valid,
