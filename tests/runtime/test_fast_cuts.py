@@ -13,6 +13,9 @@ import vtc
 from tests.kit.frozen import frozen
 from tests.kit.models import PLACEHOLDERS, build_model
 from tests.kit.prompts import build_inputs, prompts
+from vtc.errors import VtcError
+from vtc.methods.fastv import FastV
+from vtc.selectors import Selector, TopK
 
 # what says how much is left: sizes alone, behind one layer or several, or what is seen; of that,
 # too, where everything goes and where nothing does
@@ -155,3 +158,28 @@ def test_times_of_decisions_are_part_of_the_selector() -> None:
         generated(model, inputs)
         clock = handle._session.layers.clock
         assert clock is not None and len(clock._spans) >= 3 and clock.spanned("llm") > 0
+
+
+class _Fewer(Selector):
+    """Says that it keeps as many as asked for, and keeps one less."""
+
+    name = "fewer"
+
+    def __call__(self, tokens: Any, scores: Any, counts: torch.Tensor) -> Any:
+        return TopK()(tokens, scores, (counts - 1).clamp_min(1))
+
+
+def test_numbers_of_tokens_that_are_not_what_was_said_are_an_error() -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    method = FastV(selector=_Fewer())
+    # only the highest scores are known to leave as many as they say
+    with vtc.patch(model, method, 0.3, fast="eager") as handle:
+        generated(model, inputs)
+        assert handle.report().fast["prefill"] != "eager"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FastV, "capture_refusal", lambda self: None)
+        with (
+            vtc.patch(model, method, 0.3, fast="eager"),
+            pytest.raises(VtcError, match="sizes say"),
+        ):
+            generated(model, inputs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vtc.checks import require_none
+from vtc.dispatch import constant
 from vtc.runtime.graphs import CaptureError
 from vtc.runtime.layer_run import LayerRun
 from vtc.runtime.layer_stage import Stage
@@ -52,14 +53,14 @@ class CapturedRun(LayerRun):
         gone.index_add_(0, torch.tensor(placed.rows), view.left - counts)
         self._longest -= int(gone.min())
         entries = min(before.entries, -(-self._longest // _ALIGNED) * _ALIGNED)
-        after = before.cut_to(cut, entries, lengths)
+        known, left = (constant(of, cut.device) for of in (view.left, counts))
         require_none(
-            after.valid.sum(-1) != view.valid.logical_and(cut).sum(-1),
-            "a cut between decoder layers left more tokens than its sizes say, expected as many: "
-            "patch with fast=False",
+            (view.valid.sum(-1) != known) | ((view.valid & cut).sum(-1) != left),
+            "a cut between decoder layers saw or left other numbers of tokens than their sizes "
+            "say, expected these: patch with fast=False",
         )
         self._lengths = lengths
-        return after
+        return before.cut_to(cut, entries, lengths)
 
     def _decided(self, view: LayerView) -> Tensor | LayerCut:
         if self._decide is None:
