@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import vtc
-from tests.kit.models import PLACEHOLDERS, build_model
+from tests.kit.answers import answered
+from tests.kit.models import build_model
 from tests.kit.prompts import build_inputs, prompts
 
 pytestmark = [
@@ -41,15 +42,7 @@ def on_cuda(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
-    return model.generate(
-        **inputs,
-        max_new_tokens=6,
-        do_sample=False,
-        suppress_tokens=PLACEHOLDERS,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **more,
-    )
+    return answered(model, inputs, 6, **more)
 
 
 def agree(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import vtc
-from tests.kit.models import PLACEHOLDERS, build_model
+from tests.kit.answers import answered
+from tests.kit.models import build_model
 from tests.kit.prompts import build_inputs, prompts
 
 pytestmark = [
@@ -57,11 +58,4 @@ def _agrees(
 
 
 def _generated(model: Any, inputs: dict[str, Any]) -> Any:
-    return model.generate(
-        **inputs,
-        max_new_tokens=6,
-        do_sample=False,
-        suppress_tokens=PLACEHOLDERS,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    return answered(model, inputs, 6)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import vtc
+from tests.kit.answers import answered
 from tests.kit.models import FAMILIES, PLACEHOLDERS, build_model
 from tests.kit.prompts import build_inputs, prompts
 from vtc.errors import OptionError, VtcError
@@ -46,15 +47,7 @@ def model(family: str) -> Any:
 
 
 def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
-    return model.generate(
-        **inputs,
-        max_new_tokens=5,
-        do_sample=False,
-        suppress_tokens=PLACEHOLDERS,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **more,
-    )
+    return answered(model, inputs, 5, **more)
 
 
 @torch.no_grad()

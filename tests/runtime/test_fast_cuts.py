@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import vtc
+from tests.kit.answers import answered
 from tests.kit.frozen import frozen
-from tests.kit.models import PLACEHOLDERS, build_model
+from tests.kit.models import build_model
 from tests.kit.prompts import build_inputs, prompts
 from vtc.errors import VtcError
 from vtc.methods.fastv import FastV
@@ -40,15 +41,7 @@ def as_a_graph() -> Iterator[None]:
 
 
 def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
-    return model.generate(
-        **inputs,
-        max_new_tokens=4,
-        do_sample=False,
-        suppress_tokens=PLACEHOLDERS,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **more,
-    )
+    return answered(model, inputs, 4, **more)
 
 
 def patched(model: Any, case: str, fast: Any = False) -> Any:

@@ -106,8 +106,9 @@ class Fast:
         """A call begins: whether anything can be captured, and whether what is still holds."""
         reason = self._why_not()
         self._blocked = reason or self._attached("tower")
-        self.with_cuts = not reason and self._plain() and self._captures_cuts()
-        self._first = self._before_cuts() if not reason and self._plain() else 0
+        plain = reason is None and self._plain()
+        self.with_cuts = plain and self._captures_cuts()
+        self._first = self._before_cuts() if plain else 0
         self._llm_blocked = reason or self._why_not_llm() or self._attached("llm")
         self.told = dict.fromkeys(("encoder", "selection"), self._blocked or "not run")
         self.told |= dict.fromkeys(("prefill", "decode"), self._llm_blocked or "not run")
