@@ -117,6 +117,23 @@ def test_what_is_dropped_leaves_the_cache() -> None:
     assert fast[-1] % 32 == 0 and plain[0] - plain[-1] - 32 < fast[0] - fast[-1]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["todre drops all", "fastv"])
+def test_a_cache_that_a_forward_hands_out_goes_on(case: str) -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    mask = inputs["attention_mask"]
+    next_ids, more = torch.tensor([[7], [8]]), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    found: list[torch.Tensor] = []
+    for fast in (False, "eager"):
+        with patched(model, case, fast):
+            for _ in range(2):
+                cache = model(**inputs).past_key_values
+                step = model(input_ids=next_ids, attention_mask=more, past_key_values=cache)
+                found.append(step.logits)
+    for step_logits in found[1:]:
+        torch.testing.assert_close(step_logits, found[0], atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("case", ["todre", "fastv"])
 def test_what_every_layer_gives_is_left_to_the_layers(case: str) -> None:
     model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])

@@ -137,7 +137,7 @@ class FastCuts:
             session.checks.add(flag, problem)
         if session.layers.clock is not None:
             session.layers.clock.adopt(clock)
-        run.over = True
+        run.replayed(cache)
         for layer, of in zip(session.layers.at, left, strict=True):
             before = run.stages[-1]
             if of["hidden"]:

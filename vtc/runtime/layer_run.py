@@ -93,6 +93,10 @@ class LayerRun:
         self.stages.append(Stage.first(placed, mask.to(self._device), self._new))
         self._decide, self._clock = decide, clock
 
+    def replayed(self, cache: Any) -> None:
+        """Say that all layers have run as one captured call, which fills this cache."""
+        self.over, self._cache = True, cache
+
     def stage(self, layer: int) -> Stage | None:
         """Of a prefill, the entries that a layer sees."""
         return self.stages[bisect_left(self._cuts, layer)] if self.stages else None
