@@ -94,7 +94,6 @@ class Dart(LayerCuts):
         pivots = torch.cat([own[image], largest(norms, text, self.text_pivots)])
         if self.faithful:
             first = int(mask.int().argmax())
-            places = (pivots - first).tolist()
-            ordered = set(places[: len(image)]) | set(places[len(image) :])
-            pivots = torch.tensor(list(ordered), device=own.device) + first
+            ordered = list(set((pivots - first).tolist()))
+            pivots = torch.tensor(ordered, device=own.device) + first
         return image, pivots
