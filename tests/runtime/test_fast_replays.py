@@ -59,6 +59,20 @@ def test_replays_take_new_numbers(family: str, method: str) -> None:
                 assert torch.equal(a.mask(), b.mask())
 
 
+def test_which_crops_tokens_are_of_is_that_of_the_call() -> None:
+    # the encoder is replayed, another picture behind the one it was captured with, and the text is
+    # of a bucket that nothing was decided in before
+    model = build_model("llava_next")
+    square, wide = ("image", 24, 24), ("image", 12, 36)
+    rows = [(4, square), (4, square), (4, wide), (40, square), (40, wide), (40, square)]
+    inputs = [build_inputs("llava_next", [[n, image, 5]]) for n, image in rows]
+    with vtc.patch(model, "hired", 0.4):
+        want = [generated(model, given) for given in inputs]
+    with vtc.patch(model, "hired", 0.4, fast="eager"):
+        for given, answer in zip(inputs, want, strict=True):
+            same(generated(model, given), answer)
+
+
 def prepared(fast: Any = "eager", method: str = "vtc_cls", keep: Any = 0.4) -> tuple[Any, Any, Any]:
     model, inputs = build_model("llava"), ragged("llava")
     return model, inputs, vtc.patch(model, method, keep, fast=fast)

@@ -171,7 +171,7 @@ class FastEncoder:
         self.graphs.forget(self._left)
         for flag, message in zip(flags, messages, strict=True):
             self.session.checks.add(flag, message)
-        tower.clear_cuts()
+        tower.replayed(images, {**given.host, given.name: given.pixels})
         if tower.masked is None or not left:
             return Encoded(features, signals)
         tower.masked.left = Left(*left)

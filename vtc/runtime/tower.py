@@ -173,6 +173,11 @@ class Tower:
         self.clear_cuts()
         self.signals.recall(found)
 
+    def replayed(self, images: Images, inputs: Mapping[str, Any]) -> None:
+        """In place of `recording`: its runs over images of these sizes were one captured call."""
+        self._runs = runs_of(self.adapter, self.encoder, images.visuals, inputs)
+        self.clear_cuts()
+
     def _see(self, block: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         self.signals.see(block, query, key, scale)
 
