@@ -12,7 +12,7 @@ from vtc.mergers.clusters import with_clusters
 from vtc.methods.base import Exactness, Method, Site
 from vtc.methods.layer_cuts import cut_before
 from vtc.selectors import Count
-from vtc.selectors.bounded_clusters import above_share, centers_in_reach, cosine_distances
+from vtc.selectors.bounded_clusters import centers_in_reach, cosine_distances, highest_share
 from vtc.sites import Facts, LayerCut, LayerView
 from vtc.types import Budget
 
@@ -25,7 +25,7 @@ class Pact(Method):
     it, over the visual tokens of an image:
 
     1. score_i = mean over heads of softmax_i(q̄·k_i/√d) · ‖h_i‖₂, without rotary positions, q̄ the
-       mean query of the image's tokens. Those above the ⌊λ·N⌋-th lowest score are important.
+       mean query of the image's tokens. The ⌊λ·N⌋ highest are important.
     2. The important ones are clustered by the cosine distance of their keys, positions applied,
        heads side by side: centers are more than d_c apart and every one has a center within d_c.
     3. Every token within 1.5·d_c of a center belongs to the nearest, unimportant ones too; others
@@ -35,11 +35,12 @@ class Pact(Method):
     How many stay follows from the picture. Attention must be `"sdpa"` or `"eager"`.
 
     Code and paper: the official search for centers goes round by round and turns to one point after
-    the other for rounds of fewer than 10; both give the same centers.
+    the other for rounds of fewer than 10; both give the same centers. It compares strictly with the
+    ⌊λ·N⌋-th highest score and adds what equals it, the first ones, up to as many.
 
     Args:
         layer: of 32 layers and scaled to others; 4 as published.
-        importance: λ, 0.55 as published.
+        importance: λ, the share that is important; 0.55 in the official configuration.
         cutoff: d_c, 0.21 as published.
         reach: times d_c, 1.5 as published.
         proportional: whether log(size) is added.
@@ -67,7 +68,7 @@ class Pact(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect(self.layer >= 1 and self.reach >= 1, "at least 1 each", "layer", "reach")
-        self.expect(0 <= self.importance < 1, "a share in [0, 1)", "importance")
+        self.expect(0 < self.importance <= 1, "a share in (0, 1]", "importance")
         self.expect(self.cutoff >= 0, "a distance of at least 0", "cutoff")
 
     def check_facts(self, facts: Facts) -> None:
@@ -96,7 +97,7 @@ class Pact(Method):
             looks = (torch.einsum("hd,hnd->hn", query, key) * plain.scale).softmax(-1).mean(0)
             scores = looks * view.hidden[row, own].float().norm(dim=-1)
             keys = turned.key[row][:, own + past].transpose(0, 1).flatten(1)
-            important = above_share(scores, self.importance)
+            important = highest_share(scores, self.importance)
             distance = cosine_distances(keys)
             center = centers_in_reach(distance, important, self.cutoff, self.reach * self.cutoff)
             clusters.append((g, at, center))

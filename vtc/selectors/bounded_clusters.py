@@ -56,12 +56,13 @@ def centers_in_reach(distance: Tensor, important: Tensor, cutoff: float, reach: 
     return torch.where(center, torch.arange(len(distance), device=distance.device), belongs)
 
 
-def above_share(scores: Tensor, share: float) -> Tensor:
-    """Those of `scores [N]` above the ⌊share·N⌋-th lowest, `bool[N]`; all if that leaves none."""
-    low = int(share * len(scores))
-    everything = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
-    above = scores > scores.sort().values[low - 1] if low else everything
-    return above if bool(above.any()) else everything
+def highest_share(scores: Tensor, share: float) -> Tensor:
+    """The ⌊share·N⌋ highest of `scores [N]`, one at least, `bool[N]`; ties go to the lowest
+    index."""
+    order = scores.argsort(descending=True, stable=True)
+    found = torch.zeros_like(scores, dtype=torch.bool)
+    found[order[: max(1, int(share * len(scores)))]] = True
+    return found
 
 
 def cosine_distances(x: Tensor) -> Tensor:
