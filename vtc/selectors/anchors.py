@@ -13,7 +13,7 @@ from vtc.dispatch import constant
 from vtc.errors import OptionError
 from vtc.selectors.base import Selector, checked_scores
 from vtc.selectors.windows import chosen
-from vtc.types import Selection, Signal, Tokens, round_half_up
+from vtc.types import Selection, Signal, Tokens
 
 # an anchor and the cells left, right, above and below
 _CROSS = 5
@@ -50,10 +50,8 @@ class Anchors(Selector):
         """Choose; raises `VtcError` on missing or NaN scores."""
         scores, valid = checked_scores(self.name, tokens, scores), tokens.valid
         inner, device = tokens.signal(self.inner.key)[:, 0], valid.device
-        # no more than fit with all of their neighbors
-        anchors = [
-            min(round_half_up(t * self.alpha / _CROSS), t // _CROSS) for t in counts.tolist()
-        ]
+        # halves go to even, as published; no more than fit with all of their neighbors
+        anchors = [min(round(t * self.alpha / _CROSS), t // _CROSS) for t in counts.tolist()]
         first = ops.topk_mask(inner, valid, constant(tuple(anchors), device))
         around = constant(self._neighbors(tokens), device)  # [G, N, 5]
         near = first[..., None].expand(around.shape) & (around >= 0)
