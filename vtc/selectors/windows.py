@@ -90,10 +90,12 @@ def squares(tokens: Tokens, rows: int, columns: int) -> Tensor:
 
 
 def runs(tokens: Tokens, count: int) -> Tensor:
-    """The tokens of a group cut into so many runs of nearly the same length, `int64[G, N]`."""
+    """The tokens of a group cut into so many runs, the first ones longer by one where that does not
+    divide, `int64[G, N]`."""
     window = torch.zeros(tokens.valid.shape, dtype=torch.int64)
     for g, n in enumerate(tokens.lengths):
-        window[g, :n] = torch.arange(n) * count // max(n, 1)
+        for number, run in enumerate(torch.arange(n).tensor_split(count)):
+            window[g, run] = number
     return constant(window, tokens.valid.device)
 
 
