@@ -87,6 +87,15 @@ def test_the_method_works_on_the_rows_model(name: str) -> None:
         assert max(signal.resolve(facts.encoder_depth, facts.tap), default=0) < facts.encoder_depth
 
 
+@pytest.mark.parametrize(
+    ("name", "layer"), [("hiprune-llava1.5-64", 9), ("hiprune-qwen2.5vl-128", 16)]
+)
+def test_hiprune_reads_the_published_object_layer_counted_from_1(name: str, layer: int) -> None:
+    found = recipe(name)
+    (inner,) = (s for s in found.build().needs if s.key == "inner_row")
+    assert inner.resolve(found.model.facts.encoder_depth, found.model.facts.tap) == (layer - 1,)
+
+
 @pytest.mark.parametrize("name", BUILT)
 def test_keep_is_the_published_budget_in_this_librarys_convention(name: str) -> None:
     found = recipe(name)

@@ -23,7 +23,7 @@ class HiPrune(Method):
 
     Code and paper: the official code finds neighbors by index (±1, ± the width, clamped), so that
     the end of a row neighbors the beginning of the next (`faithful=True`); here they are those of
-    the grid. In Qwen2.5-VL it takes block 16 of 32, which `object_block` is given for its depth.
+    the grid. In Qwen2.5-VL it takes index 15 of 32 (OBJECT_LAYER 16): `object_block=11`, scaled.
     The official code renumbers positions in LLaVA and keeps those of Qwen.
 
     Args:
