@@ -97,8 +97,8 @@ def test_equals_the_plain_path_everywhere(model: Any, family: str, method: str) 
 def test_cuts_inside_the_encoder_are_captured(model: Any, family: str, kind: str) -> None:
     name, keep, options = METHODS["flowcut"]
     report = agree(model, build_inputs(family, prompts(family)[kind]), name, keep, **options)
-    if model.config.vision_config.model_type.startswith("qwen"):
-        assert "how many patches go on" in report.fast["encoder"]
+    if family == "qwen3_vl":
+        assert "inner blocks" in report.fast["encoder"]
     else:
         assert report.fast["encoder"] == report.fast["selection"] == "eager"
 

@@ -50,13 +50,19 @@ def test_replays_take_new_numbers(family: str, method: str) -> None:
     name, keep, options = METHODS[method]
     model = build_model(family)
     inputs = [ragged(family, seed) for seed in (0, 0, 1, 2)]
+
+    def decided(handle: Any) -> tuple[list[torch.Tensor], tuple[int, ...]]:
+        chosen = [s.mask() for s in (*handle.token_selections, *handle.selections)]
+        return chosen, handle.report().block_patches
+
     with vtc.patch(model, name, keep, **options) as handle:
-        want = [(generated(model, given), handle.token_selections) for given in inputs]
+        want = [(generated(model, given), *decided(handle)) for given in inputs]
     with vtc.patch(model, name, keep, fast="eager", **options) as handle:
-        for given, (answer, selections) in zip(inputs, want, strict=True):
+        for given, (answer, chosen, patches) in zip(inputs, want, strict=True):
             same(generated(model, given), answer)
-            for a, b in zip(handle.token_selections, selections, strict=True):
-                assert torch.equal(a.mask(), b.mask())
+            found, through = decided(handle)
+            assert len(found) == len(chosen) and all(map(torch.equal, found, chosen))
+            assert through == patches
 
 
 def test_which_crops_tokens_are_of_is_that_of_the_call() -> None:

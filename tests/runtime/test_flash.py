@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vtc
-from tests.kit.flash import use_like_flash
+from tests.kit.flash import like_flash, use_like_flash
 from tests.kit.models import PLACEHOLDERS, build_model
 from tests.kit.oracle import masked
 from tests.kit.prompts import PROMPTS, build_inputs
@@ -50,6 +51,18 @@ def test_forward_equals_the_mask_oracle_on_sdpa(
         got = flash(**inputs).logits[:, -1]
     want = stock(**masked(stock, family, inputs, handle.selections)).logits[:, -1]
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_hidden_from_flash_in_a_packed_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build_model("qwen2_5_vl"), build_inputs("qwen2_5_vl", PROMPTS["batch 1"])
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "like_flash", like_flash)
+    model.model.visual.config._attn_implementation = "like_flash"
+    found = []
+    for fast in (False, "eager"):
+        with vtc.patch(model, "flowcut", 0.4, fast=fast) as handle:
+            found.append(run(model, inputs))
+    assert "takes no masks" in handle.report().fast["encoder"]
+    assert torch.equal(*found)
 
 
 SINKS: dict[str, Any] = {"dims": (3, 17), "tau": 1.5, "rho": 1.0, "least": 0.0}

@@ -70,10 +70,10 @@ class FlowCut(Method):
     (a group), their values as features, the attention of [CLS] or its stand-in as `cls_row` and
     what `image_key` is made of; how scores add up and how many patches go stays as above.
 
-    With `fast`, patches are hidden from attention instead of taken out, wherever rows stand side by
-    side: results are the same, and as no length depends on numbers then, the encoder and all of its
-    decisions are one captured call. At a batch of one, an encoder is bound by launches, not by
-    patches: taking them out saved nothing there, and asking how many cost more than the LLM.
+    With `fast`, patches are hidden from attention instead of taken out: results are the same, and
+    as no length depends on numbers then, the encoder and all of its decisions are one captured
+    call. At a batch of one, an encoder is bound by launches, not by patches: taking them out saved
+    nothing there, and asking how many cost more than the LLM.
 
     Args:
         llm_cut: whether to cut in the LLM: `"auto"` as published (where an image may be several

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from vtc.adapters.base import Encoder
+from vtc.adapters.base import Encoder, Visual
 from vtc.runtime.layouts import Layout, sums_of
 from vtc.runtime.rows import Run
 
@@ -112,13 +113,7 @@ class PackedLayout(Layout):
 
     def patch_masks(self, alive: Tensor) -> list[Tensor]:
         """Frames `[t, h, w]`; patches stand as in the pixel input, those of a token together."""
-        found = []
-        side = round(self.m**0.5)
-        for row, visual in zip(alive, self.run.visuals, strict=True):
-            t, h, w = visual.grids[0]
-            mask = row[: visual.tokens].repeat_interleave(self.m)
-            found.append(mask.view(t, h * side, w * side))
-        return found
+        return frames_of(alive.repeat_interleave(self.m, 1), self.run.visuals, self.m)
 
     def restored(self, hidden: Tensor) -> Tensor:
         """The whole sequence, zeros where units were dropped."""
@@ -127,3 +122,13 @@ class PackedLayout(Layout):
         units: Tensor = hidden.unflatten(0, (-1, self.m))
         out = units.new_zeros(self.total, *units.shape[1:])
         return out.index_put((self.places,), units).flatten(0, 1)
+
+
+def frames_of(masks: Tensor, visuals: Sequence[Visual], patches: int) -> list[Tensor]:
+    """Patches `bool[R, P]` of each image, as in the pixel input, `patches` to a token, as frames
+    `bool[t, h, w]`."""
+    found, side = [], round(patches**0.5)
+    for row, visual in zip(masks, visuals, strict=True):
+        t, h, w = visual.grids[0]
+        found.append(row[: visual.tokens * patches].view(t, h * side, w * side))
+    return found

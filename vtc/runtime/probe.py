@@ -29,7 +29,8 @@ _users = 0
 
 # query, key, value `[B, H, ..., d]` and what q·k is multiplied by
 See = Callable[[Tensor, Tensor, Tensor, float], None]
-# the query -> an additive mask `[B, 1, 1, keys]` in place of None, or None
+# the query -> an additive mask `[B, 1, 1, keys]` in place of None, or None; `together`: over the
+# whole sequence
 Mask = Callable[[Tensor], Tensor | None]
 Attended = tuple[Tensor, Tensor | None]
 # the implementation that was there, of the same inputs but the module and the options
@@ -138,7 +139,8 @@ def _attend(
         mask, attend = mask or interest.mask, attend or interest.attend
         config = interest.before
     name = config._attn_implementation
-    if mask is not None and (replaced := mask(query)) is not None:
+    replaced = None if mask is None else mask(query)
+    if replaced is not None:
         attention_mask = replaced
         # flash attention takes no such mask
         name = name if name in ("eager", "sdpa") else "sdpa"
@@ -150,7 +152,8 @@ def _attend(
         module.config = config
         try:
             if top._attn_implementation == _PACKED:
-                return by_segment(implementation, module, query, key, value, **kwargs)
+                bias = None if replaced is None else mask
+                return by_segment(implementation, module, query, key, value, bias, **kwargs)
             return implementation(module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
         finally:
             module.config = top

@@ -20,6 +20,7 @@ def by_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    bias: Tensor | None,
     cu_seq_lens_q: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -32,6 +33,7 @@ def by_segment(
         implementation: of transformers, for rows `[n, H, w, d]`.
         module: that attends.
         query, key, value: `[1, H, T, d]`.
+        bias: `[1, 1, 1, T]`, added to attention on each entry; or None.
         cu_seq_lens_q: `int[n + 1]` on the CPU, the borders.
         **kwargs: of the implementation; what belongs to borders is left out.
     """
@@ -40,18 +42,25 @@ def by_segment(
     lengths = cu_seq_lens_q.diff().tolist()
     count, longest, total = len(lengths), max(lengths), parts[0].shape[1]
     if count == 1:
-        return implementation(module, query, key, value, None, **given)[0], None
+        return implementation(module, query, key, value, bias, **given)[0], None
     if len(set(lengths)) == 1:
         rows = (x.unflatten(1, (count, longest)).transpose(0, 1) for x in parts)
-        out = implementation(module, *rows, None, **given)[0]  # [n, w, H, d]
+        own = None if bias is None else bias.view(count, 1, 1, longest)
+        out = implementation(module, *rows, own, **given)[0]  # [n, w, H, d]
         return out.flatten(0, 1)[None], None
     if count * longest > _ROOM * total:
         pieces = zip(*(x[None].split(lengths, 2) for x in parts), strict=True)
-        found = [implementation(module, *piece, None, **given)[0] for piece in pieces]
+        biases = [None] * count if bias is None else bias.split(lengths, 3)
+        found = [
+            implementation(module, *piece, own, **given)[0]
+            for piece, own in zip(pieces, biases, strict=True)
+        ]
         return torch.cat(found, 1), None
-    index, back, bias = _padded(lengths, parts[0])
+    index, back, padding = _padded(lengths, parts[0])
     rows = (x[:, index].transpose(0, 1) for x in parts)  # [n, H, w, d]
-    out = implementation(module, *rows, bias, **given)[0]  # [n, w, H, d]
+    if bias is not None:
+        padding = torch.minimum(padding, bias.flatten()[index][:, None, None])
+    out = implementation(module, *rows, padding, **given)[0]  # [n, w, H, d]
     return out.flatten(0, 1)[back][None], None
 
 

@@ -20,7 +20,8 @@ from vtc.runtime.cuts import EncoderCuts
 from vtc.runtime.images import Images
 from vtc.runtime.layouts import by_image
 from vtc.runtime.masked_cuts import MaskedCuts, Masking
-from vtc.runtime.probe import probed
+from vtc.runtime.packed_layout import frames_of
+from vtc.runtime.probe import implementation, probed
 from vtc.runtime.rows import Run, runs_of
 from vtc.runtime.signals import EncoderSignals
 from vtc.sites import Facts
@@ -195,8 +196,11 @@ class Tower:
         is cut."""
         if not self.cutting(images, budget) or self.cuts is None:
             return None
-        if self.encoder.packed or not isinstance(self.cuts.method, Masking):
+        if not isinstance(self.cuts.method, Masking):
             return "how many patches go on between its blocks depends on them"
+        kind = implementation(self.encoder.attentions[0])
+        if self.encoder.packed and kind not in ("sdpa", "eager"):
+            return f"its attention is {kind!r}, which takes no masks; load it with sdpa"
         return self.cuts.method.mask_refusal()
 
     def cutting(self, images: Images, budget: Budget) -> list[Step]:
@@ -250,7 +254,11 @@ class Tower:
         if self.cuts is None:
             return None
         if self.masked is not None and (left := self.masked.left) is not None:
-            masks = by_image(left.patches, [v.rows for v in images.visuals])
+            masks = (
+                frames_of(left.patches, images.visuals, self.adapter.patches_per_token)
+                if self.encoder.packed
+                else by_image(left.patches, [v.rows for v in images.visuals])
+            )
             return Inside(left.lengths, tuple(masks), images.parent)
         count = len(images.visuals)
         found = self.cuts.patches if len(self.cuts.patches) == count else {}
