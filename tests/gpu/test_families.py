@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,14 +23,6 @@ MODES: dict[str, dict[str, Any]] = {
     "static cache": {"cache_implementation": "static", "disable_compile": True},
     "sampled twice": {"do_sample": True, "num_return_sequences": 2},
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -40,14 +40,6 @@ def poisoned() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def exact_products() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def kernels() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     from vtc.kernels.attention_received import attention_received
     from vtc.kernels.attention_rows import attention_rows
