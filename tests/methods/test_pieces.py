@@ -17,7 +17,7 @@ from torch import Tensor
 
 import vtc
 from vtc.scorers import Isolation, TextRelevance
-from vtc.selectors import ByRow, Coverage, DppMap, EvenWindows, TopK
+from vtc.selectors import ByRow, Coverage, Distinct, DppMap, EvenWindows, TopK
 from vtc.selectors.coverage import cosines, greedy_coverage
 from vtc.selectors.dpp_map import relevance
 from vtc.selectors.windows import quotas, runs, squares, top_in_windows, window_sizes
@@ -79,6 +79,31 @@ def test_coverage_by_cosine_is_that_of_the_map() -> None:
     assert torch.equal(got.keep, keep) and torch.equal(got.valid, there)
     assert torch.allclose(likeness[0].diagonal(), torch.ones(9))
     assert (likeness[1, 5:] == 0).all() and (likeness[1, :, 5:] == 0).all()
+
+
+def without_copies(x: Tensor, order: list[int], wanted: int) -> list[int]:
+    """VisPruner's rounds over one list, 8 or as many as are too many at a time."""
+    while len(order) > wanted:
+        left = x[:, order]
+        even, odd = order[::2], order[1::2]
+        nearest = (left[:, ::2] @ left[:, 1::2].mT)[0].amax(-1).tolist()
+        by_likeness = sorted(range(len(even)), key=lambda i: -nearest[i])
+        order = [even[i] for i in by_likeness[min(8, len(order) - wanted) :]] + odd
+    return order
+
+
+@pytest.mark.parametrize("count", [64, 128, 192])
+def test_near_copies_of_a_whole_crop_go_as_in_the_loop(count: int) -> None:
+    # tokens of cosine .8, as encoders make them: rounding decides who is nearer
+    draw = torch.Generator().manual_seed(count)
+    x = torch.randn(1, 576, 1024, generator=draw) + 2 * torch.randn(1, 1, 1024, generator=draw)
+    scores = torch.rand(1, 576, generator=draw)
+    tokens = Tokens(x, torch.ones(1, 576).bool(), ((1, 24, 24),), torch.zeros(1, 2).long())
+    order = scores[0].argsort(descending=True, stable=True).tolist()
+    unit = torch.nn.functional.normalize(x, dim=-1)
+    rest = without_copies(unit, order[count // 2 :], count - count // 2)
+    chosen = Distinct()(tokens, scores, torch.tensor([count]))
+    assert chosen.keep[0].tolist() == sorted(order[: count // 2] + rest)
 
 
 @settings(max_examples=20)

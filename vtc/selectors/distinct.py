@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vtc.dispatch import constant
 from vtc.errors import OptionError
 from vtc.selectors.base import checked_scores
-from vtc.selectors.coverage import Comparing, cosines
+from vtc.selectors.coverage import Comparing
 from vtc.selectors.windows import chosen
 from vtc.types import Selection, Tokens
 
@@ -50,21 +51,24 @@ class Distinct(Comparing):
             )
             order = scores[members, :n].argsort(dim=1, descending=True, stable=True)
             important = int(self.share * count)
-            likeness = cosines(x[members, :n], tokens.valid[members, :n])
-            rest = _without_copies(likeness, order[:, important:], count - important)
+            unit = normalize(x[members, :n].float(), dim=-1)
+            rest = _without_copies(unit, order[:, important:], count - important)
             kept = torch.cat([order[:, :important], rest], 1)
             mask[members] = mask[members].scatter(1, kept, True)
         return chosen(tokens, mask, counts, scores)
 
 
-def _without_copies(likeness: Tensor, items: Tensor, wanted: int) -> Tensor:
-    """`wanted` of the items `int64[B, R]`, compared by `likeness [B, N, N]`."""
-    batch = torch.arange(len(items), device=items.device)[:, None, None]
+def _without_copies(x: Tensor, items: Tensor, wanted: int) -> Tensor:
+    """`wanted` of the items `int64[B, R]`, compared by their unit vectors `[B, N, D]`."""
+    batch = torch.arange(len(items), device=items.device)[:, None]
     while (excess := items.shape[1] - wanted) > 0:
         even, odd = items[:, ::2], items[:, 1::2]
         if not odd.shape[1]:
             return items[:, :wanted]
-        nearest = likeness[batch, even[:, :, None], odd[:, None]].amax(-1)
+        # multiplied anew in each round, as published: looked up in one map of all tokens, cosines
+        # round otherwise, and one swap decides who is even in all later rounds
+        left = x[batch, items]
+        nearest = (left[:, ::2] @ left[:, 1::2].mT).amax(-1)
         order = nearest.argsort(dim=1, descending=True, stable=True)
         items = torch.cat([even.gather(1, order[:, min(_STEP, excess) :]), odd], 1)
     return items
