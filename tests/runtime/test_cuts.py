@@ -326,3 +326,12 @@ def visual_embeds(
     rank = stays.cumsum(-1) - 1 + embeds.shape[1] - stays.sum(-1, keepdim=True)
     places = [p[stays[tuple(p.T)]] for p in visual_places(model, family, inputs)]
     return torch.cat([embeds[p[:, 0], rank[tuple(p.T)]] for p in places])
+
+
+def test_where_nothing_is_dropped_padding_of_a_canvas_stays() -> None:
+    # noise, of which no patch follows from others, on a canvas that is wider than the image
+    model, inputs = build_model("llava_next"), build_inputs("llava_next", [[3, ("image", 40, 24)]])
+    with torch.no_grad():
+        want = model(**inputs).logits
+        with vtc.patch(model, "pixelprune"):
+            assert torch.equal(model(**inputs).logits, want)

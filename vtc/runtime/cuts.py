@@ -215,7 +215,8 @@ class EncoderCuts:
         if cut.keep is None:
             return hidden
         keep = self._checked(cut.keep, view.valid)
-        if torch.equal(keep, layout.valid):
+        # then padding of a canvas stays, too
+        if torch.equal(keep, view.valid):
             return hidden
         if cut.into is not None and cut.weight is not None:
             hidden = layout.merge(hidden, cut.into, cut.weight)
