@@ -268,3 +268,19 @@ def test_no_call_is_left_out() -> None:
 def test_what_an_option_cannot_be(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=f"^method '{name}' got {words}"):
         vtc.method(name, **options)
+
+
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("hired", {"alpha": 2.0}, r"crop_quotas got alpha=2\.0, expected a share"),
+        ("vispruner", {"important_ratio": 1.5}, r"distinct got share=1\.5, expected one"),
+        ("visionzip", {"contextual": 1.0}, r"contextual got share=1\.0, expected one"),
+        ("prumerge", {"nearest": -1}, "neighbors got nearest=-1, expected at least 0"),
+    ],
+)
+def test_what_a_part_refuses_names_the_method(
+    name: str, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(OptionError, match=f"^method '{name}': {words}"):
+        vtc.method(name, **options)

@@ -110,7 +110,11 @@ class Method:
                     "a rule of its own"
                 )
             return
-        selector = self.active_selector
+        try:
+            selector = self.active_selector
+        except OptionError as error:
+            # a part knows its own name and option, who wrote them knows the method's
+            raise OptionError(f"method {self.name!r}: {error}") from None
         # a method that counts by itself may tell its selector how many
         wanted = self.default_selector().count if self.count == "adaptive" else self.count
         if self.selector is not None and selector.count != wanted:
