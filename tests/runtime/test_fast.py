@@ -103,6 +103,13 @@ def test_cuts_inside_the_encoder_are_captured(model: Any, family: str, kind: str
         assert report.fast["encoder"] == report.fast["selection"] == "eager"
 
 
+def test_as_many_newlines_as_padding() -> None:
+    # 45 and 33 tokens of two images with 6 newlines each are as many as 45 of two
+    model = build_model("llava_next")
+    inputs = build_inputs("llava_next", [[3, ("image", 24, 24), 5], [2, ("image", 40, 24), 4]])
+    agree(model, inputs, "todre", 4, stage2=False)
+
+
 @pytest.mark.parametrize("depth", [4, 6])
 def test_layers_before_the_first_cut_are_captured(depth: int) -> None:
     model, inputs = build_model("llava", layers=depth), llava()[1]

@@ -49,7 +49,7 @@ class Encoded:
     def groups(self, images: Images, dtype: torch.dtype) -> Tensor:
         """The tokens in padded groups `[G, N, D]`, zeros on padding."""
         features, (groups, n) = self.features.to(dtype), images.columns.shape
-        if len(features) == groups * n:
+        if len(features) == sum(images.lengths) == groups * n:
             return features.view(groups, n, -1)
         placed = images.to(features.device)
         index = placed.given[1 : 1 + groups * n].view(groups, n)
