@@ -1,6 +1,6 @@
 """One block of FlowCut in two launches: logits of [CLS] with every patch and sizes of values, then,
-one program for each row, softmaxes, score, amount and the choice. What the rows of a call have in
-common is nothing: each is decided as if alone."""
+one program for each row, softmaxes, score, amount and the choice. Rows that drop together (crops of
+an image) choose in a third, when all amounts are known; nothing else is shared among rows."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _TILE = 2**14  # logits that it holds at once
 # entries of keys, and of values, that a program of the first kernel loads at once: those of four
 # patches of 16 heads of 64, 145 programs for 577 of them
 _ENTRIES = 2**12
+_ROWS = 16  # rows whose amounts are looked at at once: a tiled image has about as many
 _TINY = torch.finfo(torch.float32).tiny
 _EVEN = 1.5 * 2**23  # adding it rounds to whole numbers, half to even
 
@@ -33,6 +34,7 @@ def refusal(
     before: Tensor | None,
     targets: Tensor | None,
     remaining: int,
+    together: Tensor | None = None,
 ) -> str | None:
     """Why there is no kernel for these arguments, or None."""
     if (why := refused(query, key, None) or refused(query, value, None)) is not None:
@@ -54,6 +56,7 @@ def flow_step(
     before: Tensor | None,
     targets: Tensor | None,
     remaining: int,
+    together: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `vtc.scorers.flow.flow_step`."""
     rows, heads, n, size = key.shape
@@ -62,22 +65,29 @@ def flow_step(
     sizes = torch.empty(rows, n, dtype=torch.float32, device=key.device)
     score = torch.empty(rows, units, dtype=torch.float32, device=key.device)
     keep = valid if targets is None else torch.empty_like(valid)
+    apart = together is None or targets is None or not remaining
+    amounts = None if apart else torch.empty(rows, dtype=torch.int32, device=key.device)
     width, block = width_of(size), max(16, triton.next_power_of_2(n - 1))
-    together = min(16, triton.next_power_of_2(heads))
-    keys = max(1, _ENTRIES // (together * width))
+    heads_at_once = min(16, triton.next_power_of_2(heads))
+    keys = max(1, _ENTRIES // (heads_at_once * width))
     at_once = max(1, min(triton.next_power_of_2(heads), _TILE // block))
     with torch.cuda.device_of(key):
         flow_logits_kernel[(-(-n // keys), rows)](
             query, key, value, logits, sizes, scale * LOG2E, heads, n,
             *query.stride()[:2], query.stride(3), *key.stride(), *value.stride(),
-            SIZE=size, WIDTH=width, KEYS=keys, HEADS=together, LOG2=LOG2E, num_warps=4,
+            SIZE=size, WIDTH=width, KEYS=keys, HEADS=heads_at_once, LOG2=LOG2E, num_warps=4,
         )  # fmt: skip
         flow_step_kernel[(rows,)](
             logits, sizes, valid, None if before is None else before.contiguous(), targets,
-            score, keep, heads, n, units, 1 / math.sqrt(max(remaining, 1)),
+            score, keep, amounts, heads, n, units, 1 / math.sqrt(max(remaining, 1)),
             LAST=remaining == 0, M=(n - 1) // units, BLOCK=block, HEADS=at_once,
             TINY=_TINY, EVEN=_EVEN, num_warps=max(4, min(16, block * at_once // 1024)),
         )  # fmt: skip
+        if amounts is not None:
+            flow_choice_kernel[(rows,)](
+                score, valid, targets, amounts, together, keep, rows, units,
+                BLOCK=block // ((n - 1) // units), ROWS=_ROWS, num_warps=4,
+            )  # fmt: skip
     return score, keep
 
 
@@ -188,6 +198,7 @@ def flow_step_kernel(
     targets: tl.tensor,
     score: tl.tensor,
     keep: tl.tensor,
+    amounts: tl.tensor,
     heads: tl.tensor,
     n: tl.tensor,
     units: tl.tensor,
@@ -199,7 +210,8 @@ def flow_step_kernel(
     TINY: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
-    """Score of a row's units, and which of them go on; `root` is 1/√rpl."""
+    """Score of a row's units, and which of them go on; into `amounts`, if given, how many would be
+    dropped instead. `root` is 1/√rpl."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     there = tl.load(valid + row * units + at // M, at < n - 1, other=0) != 0
@@ -228,5 +240,39 @@ def flow_step_kernel(
             dropped = ((amount + EVEN) - EVEN).to(tl.int32)
             dropped = tl.where(count > wanted, dropped, 0)
             goes_on = tl.minimum(count, tl.maximum(count - dropped, wanted))
-        chosen = highest(new, left, goes_on)
-        tl.store(keep + row * units + unit, chosen, inside)
+        if amounts is not None:
+            tl.store(amounts + row, dropped)
+        else:
+            chosen = highest(new, left, goes_on)
+            tl.store(keep + row * units + unit, chosen, inside)
+
+
+@triton.jit(do_not_specialize=["rows", "units"])
+def flow_choice_kernel(
+    score: tl.tensor,
+    valid: tl.tensor,
+    targets: tl.tensor,
+    amounts: tl.tensor,
+    together: tl.tensor,
+    keep: tl.tensor,
+    rows: tl.tensor,
+    units: tl.tensor,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """Which units of a row go on, when as many are dropped as in any row that has its number."""
+    row = tl.program_id(0).to(tl.int64)
+    own = tl.load(together + row)
+    dropped = tl.full([], 0, tl.int32)
+    for start in range(0, rows, ROWS):
+        at = start + tl.arange(0, ROWS)
+        like = tl.load(together + at, at < rows, other=0) == own
+        amount = tl.load(amounts + at, (at < rows) & like, other=0)
+        dropped = tl.maximum(dropped, tl.max(amount, 0))
+    unit = tl.arange(0, BLOCK)
+    inside = unit < units
+    left = tl.load(valid + row * units + unit, inside, other=0) != 0
+    count, wanted = tl.sum(left.to(tl.int32), 0), tl.load(targets + row).to(tl.int32)
+    goes_on = tl.minimum(count, tl.maximum(count - dropped, wanted))
+    chosen = highest(tl.load(score + row * units + unit, left, other=0.0), left, goes_on)
+    tl.store(keep + row * units + unit, chosen, inside)

@@ -79,6 +79,18 @@ def test_heads_and_units_of_any_kind(m: int, heads: int, size: int) -> None:
     torch.testing.assert_close(ran(*args)[0], want, atol=1e-5, rtol=1e-4)
 
 
+def test_rows_of_an_image_drop_together() -> None:
+    args = arguments(576, remaining=2)
+    args[6] = args[6].new_tensor([10, 10, 10])
+    image = torch.tensor([1, 0, 1], device="cuda")
+    with using("torch"):
+        _, kept = REFERENCE(*args, image)
+    _, keep = ran(*args, image)
+    assert ((keep.sum(-1) - kept.sum(-1)).abs() <= 1).all()
+    dropped = (args[4] & ~keep).sum(-1)
+    assert dropped[0] == dropped[2]
+
+
 def test_captured_it_follows_its_inputs() -> None:
     args = arguments(576)
     ran(*args)

@@ -104,6 +104,25 @@ def test_a_row_alone_is_as_in_a_batch(interpreted: Kernels) -> None:
         assert torch.equal(one[0], score[r]) and torch.equal(kept[0], keep[r])
 
 
+@pytest.mark.parametrize(("units", "m"), [(1, 1), (63, 1), (63, 4), (217, 1)])
+def test_rows_of_an_image_drop_together(interpreted: Kernels, units: int, m: int) -> None:
+    args = list(arguments(units, m, remaining=2, rows=5))
+    args[0] = 4 * args[0]  # concentrated: amounts differ
+    image = torch.tensor([3, 0, 0, 0, 3])
+    _, keep = compare(interpreted, *args, image)
+    for of in (3, 0):
+        alone = [x[image == of] if isinstance(x, Tensor) else x for x in args]
+        _, kept = interpreted("flow_step").flow_step(*alone, torch.zeros_like(image[image == of]))
+        assert torch.equal(kept, keep[image == of])
+    many = [torch.cat([x] * 4) if isinstance(x, Tensor) else x for x in args]
+    _, kept = compare(interpreted, *many, torch.cat([image] * 4))
+    assert torch.equal(kept[-5:], keep)
+    if units > 1:
+        assert not torch.equal(keep, interpreted("flow_step").flow_step(*args)[1])
+    compare(interpreted, *args[:-1], 0, image)
+    compare(interpreted, *args[:-2], None, 2, image)
+
+
 def test_rows_of_nothing_keep_nothing(interpreted: Kernels) -> None:
     args = list(arguments(31))
     args[4][0], args[6][0] = False, 0

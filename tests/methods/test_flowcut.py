@@ -73,6 +73,8 @@ def naive_encoder(
 ) -> list[list[list[int]]]:
     """What is left of each row after each block."""
     left: list[list[int]] = [list(range(n)) for n in rows.units]
+    image = [i for i, n in enumerate(rows.images or [1] * len(left)) for _ in range(n)]
+    image = [0] * len(left) if batch_coupled else image
     total: list[dict[int, float]] = [{} for _ in left]
     found = []
     for block in range(rows.tap):
@@ -92,7 +94,7 @@ def naive_encoder(
                 amounts.append(0)
         if remaining % 2 == 0:
             for r, units in enumerate(left):
-                drop = max(amounts) if batch_coupled else amounts[r]
+                drop = max(x for x, i in zip(amounts, image, strict=True) if i == image[r])
                 stay = max(len(units) - drop, targets[r]) if remaining else targets[r]
                 best = sorted(units, key=lambda u, r=r: (-total[r][u], u))[:stay]
                 left[r] = sorted(best)
@@ -129,6 +131,23 @@ def test_coupled_rows_drop_what_the_most_concentrated_does(rows: Rows) -> None:
     got = run_encoder(method, 1, rows.view, rows.tap)
     assert got == naive_encoder(rows, targets, batch_coupled=True)
     assert got != naive_encoder(rows, targets)
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_crops_of_an_image_drop_together_and_images_apart(m: int) -> None:
+    rows = Rows([9, 9, 9, 9, 9], seeds=[0, 1, 2, 3, 4], images=[3, 2], m=m)
+    got = run_encoder(flowcut(llm_cut="off"), 5, rows.view, rows.tap)
+    assert got == naive_encoder(rows, [2, 2, 1, 3, 2])
+    apart = dataclasses.replace(rows, images=())
+    assert got != naive_encoder(apart, [2, 2, 1, 3, 2])
+    first, second = (
+        dataclasses.replace(rows, units=[9] * n, seeds=seeds, images=[n])
+        for n, seeds in ((3, [0, 1, 2]), (2, [3, 4]))
+    )
+    alone = [
+        run_encoder(flowcut(llm_cut="off"), 5, part.view, part.tap) for part in (first, second)
+    ]
+    assert got == [a + b for a, b in zip(*alone, strict=True)]
 
 
 @settings(max_examples=20)

@@ -43,7 +43,8 @@ class FlowCut(Method):
     scale, both with [CLS] in the softmax; m = ‖mean_h v_j‖₁; S = (a/Σa + g/Σg)·m. Cumulative score:
     S at first, then half the old and half the new. With rpl = tap − 1 − b blocks to go, even rpl
     cuts: P = (n − T)/√rpl · (1 − R²), R = H(a/Σa)/log n, leaves max(n − round(P), T) of n patches
-    (round half to even), rpl = 0 leaves T. The highest stay, in order; a and P follow each cut.
+    (round half to even), rpl = 0 leaves T. The highest stay, in order; a and P follow each cut. All
+    crops of an image drop the largest P among them.
 
     Without [CLS]: a = attention of the row's mean query, rotary positions applied, and S = a·m. The
     m patches of one LLM token are scored by their mean and live or die together: n and T count
@@ -79,8 +80,8 @@ class FlowCut(Method):
         llm_cut: whether to cut in the LLM: `"auto"` as published (where an image may be several
             rows or there is no [CLS]), `"on"` or `"off"`. With `"off"`, rows share T by largest
             remainder.
-        batch_coupled: True: P is the largest of all rows of the call, as in the official code; rows
-            then depend on their company.
+        batch_coupled: True: P is the largest of all images of the call, as in the official code;
+            images then depend on their company.
     """
 
     name: ClassVar[str] = "flowcut"
@@ -168,11 +169,10 @@ class FlowCut(Method):
         targets, before = None, view.carry.get("score")
         if not remaining % 2:
             targets = constant(self.targets(view, budget), view.valid.device)
-        if type(self.active_scorer) is Flow and view.has_cls and not self.batch_coupled:
-            query, key, value = view.query[:, :, :1], view.key, view.value
-            scores, keep = flow_step(
-                query, key, value, view.scale, view.valid, before, targets, remaining
-            )
+        if type(self.active_scorer) is Flow and view.has_cls:
+            attends = view.query[:, :, :1], view.key, view.value, view.scale, view.valid
+            together = self._together(view)
+            scores, keep = flow_step(*attends, before, targets, remaining, together)
         else:
             attention, tokens = block_tokens(view)
             features = tokens.features.masked_fill(~tokens.valid[..., None], 0)
@@ -207,7 +207,15 @@ class FlowCut(Method):
     def _left(self, view: BlockView, attention: Tensor, targets: Tensor) -> Tensor:
         """Units of each row after the cut, `int64[R]`."""
         units, remaining = view.valid.sum(-1), view.tap - 1 - view.block
-        return units_left(attention, units, targets, remaining, view.patches, self.batch_coupled)
+        together = self._together(view)
+        return units_left(attention, units, targets, remaining, view.patches, together)
+
+    def _together(self, view: BlockView) -> Tensor | None:
+        """Which rows drop as many, `int64[R]` on the device; None: each as many as it would."""
+        if max(view.rows, default=1) == 1 and not self.batch_coupled:
+            return None
+        image = torch.zeros_like(view.image) if self.batch_coupled else view.image
+        return constant(image, view.valid.device)
 
     def targets(self, view: BlockView, budget: Budget) -> Tensor:
         """Units of each row that leave the encoder, `int64[R]` on the CPU."""

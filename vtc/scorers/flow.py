@@ -47,7 +47,12 @@ def drop_amount(p: Tensor, n: Tensor, target: Tensor, remaining: int) -> Tensor:
 
 
 def units_left(
-    p: Tensor, units: Tensor, targets: Tensor, remaining: int, patches: int, coupled: bool = False
+    p: Tensor,
+    units: Tensor,
+    targets: Tensor,
+    remaining: int,
+    patches: int,
+    together: Tensor | None = None,
 ) -> Tensor:
     """How many units of each row go on: n − P, P rounded half to even, at least T; T if it is the
     last cut.
@@ -58,13 +63,14 @@ def units_left(
         targets: `int64[R]`, T, units wanted in the end.
         remaining: rpl, blocks until the last cut.
         patches: m, patches per unit.
-        coupled: whether P is the largest of all rows.
+        together: `int64[R]`, rows with the same number all drop the largest P among them; None:
+            each its own.
     """
     if remaining:
         amount = drop_amount(p, units * patches, targets * patches, remaining)
         amount = torch.where(units > targets, amount / patches, 0).round().long()
-        if coupled:
-            amount = amount.amax().expand_as(amount)
+        if together is not None:
+            amount = torch.where(together[:, None] == together, amount, 0).amax(1)
         targets = torch.maximum(units - amount, targets)
     return torch.minimum(units, targets)
 
@@ -79,6 +85,7 @@ def flow_step(
     before: Tensor | None,
     targets: Tensor | None,
     remaining: int,
+    together: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What one encoder block with a [CLS] adds to FlowCut's score, and which units go on.
 
@@ -91,6 +98,7 @@ def flow_step(
         before: `float32[R, U]`, the score so far; None: this block is the first.
         targets: `int64[R]` on the device, T; None: no cut after this block.
         remaining: rpl, blocks until the last cut.
+        together: `int64[R]` on the device, see `units_left`.
 
     Returns:
         the score `float32[R, U]`, 0 where not valid, and `bool[R, U]`: of `valid`, what goes on.
@@ -103,7 +111,7 @@ def flow_step(
         score = (0.5 * before + 0.5 * score).masked_fill(~valid, 0)
     if targets is None:
         return score, valid
-    counts = units_left(p, valid.sum(-1), targets, remaining, patches)
+    counts = units_left(p, valid.sum(-1), targets, remaining, patches, together)
     return score, ops.topk_mask(score, valid, counts)
 
 
