@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,11 +19,22 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self._memory: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, out))
+        args, kwargs = (
+            pytree.tree_map(self._where, args),
+            pytree.tree_map(self._where, kwargs or {}),
+        )
+        self.operations.append((func, args, kwargs, out))
         return out
+
+    def _where(self, x: Any) -> Any:
+        """Weights by their memory: a graph does not know whose it is."""
+        if not isinstance(x, nn.Parameter):
+            return x
+        return self._memory.setdefault(id(x), x.detach())
 
 
 def _frozen(function: graphs.Function, buffers: list[Tensor]) -> graphs._Captured:

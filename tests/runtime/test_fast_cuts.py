@@ -3,6 +3,7 @@ caches of the plain path, from replays that run none of its Python."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,6 +161,37 @@ def test_a_hook_on_a_layer_is_called() -> None:
             assert handle.report().fast["prefill"] != "eager"
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("case", ["todre", "fastv"])
+def test_a_layer_that_somebody_else_runs_is_left_to_him(case: str) -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    layer = model.model.language_model.layers[1]
+    stock = layer.forward
+    layer.forward = functools.wraps(stock)(lambda *a, **k: 2 * stock(*a, **k))
+    with patched(model, case):
+        want = generated(model, inputs)
+    with patched(model, case, "eager") as handle:
+        for _ in range(3):
+            same(generated(model, inputs), want)
+        assert handle.report().fast["prefill"] != "eager"
+
+
+def test_an_interrupt_in_a_forward_leaves_nothing_to_the_next_call() -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    layers = model.model.language_model.layers
+
+    def interrupt(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    with patched(model, "todre", "eager"):
+        # a hook on a later layer: those before the cut are captured by themselves
+        hook = layers[-1].mlp.register_forward_pre_hook(interrupt)
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        hook.remove()
+        generated(model, inputs)
+        assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_times_of_decisions_are_part_of_the_selector() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LogitsProcessor
 
 import vtc
 from tests.kit.frozen import frozen
@@ -109,6 +112,24 @@ def unlike(module: nn.Module) -> None:
     module.weight = nn.Parameter(-2 * module.weight.detach())  # type: ignore[operator]
 
 
+def elsewhere(weight: nn.Parameter) -> None:
+    """The same parameter, with other numbers in other memory."""
+    weight.data = -2 * weight.data
+
+
+def negated(module: nn.Module) -> None:
+    """Run by a function of somebody's own."""
+    stock = module.forward
+    module.forward = functools.wraps(stock)(lambda *given: -stock(*given))  # type: ignore[method-assign]
+
+
+def anew(parent: nn.Module, name: str) -> None:
+    """Another module in the place of one."""
+    module = copy.deepcopy(getattr(parent, name))
+    elsewhere(next(module.parameters()))
+    setattr(parent, name, module)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "projector": lambda m: unlike(m.model.multi_modal_projector.linear_1),
     "embeddings": lambda m: unlike(m.model.language_model.embed_tokens),
@@ -116,6 +137,21 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a layer": lambda m: unlike(m.model.language_model.layers[1].mlp.up_proj),
     "a block": lambda m: unlike(m.model.vision_tower.encoder.layers[2].mlp.fc1),
     "in place": lambda m: m.model.language_model.layers[1].mlp.up_proj.weight.data.mul_(-2),
+    "memory of the embeddings": lambda m: elsewhere(m.model.language_model.embed_tokens.weight),
+    "memory of the projector": lambda m: elsewhere(m.model.multi_modal_projector.linear_1.weight),
+    "memory in a layer": lambda m: elsewhere(m.model.language_model.layers[1].mlp.up_proj.weight),
+    "memory in a block": lambda m: elsewhere(m.model.vision_tower.encoder.layers[1].mlp.fc1.weight),
+    "other embeddings": lambda m: anew(m.model.language_model, "embed_tokens"),
+    "another final norm": lambda m: anew(m.model.language_model, "norm"),
+    "another projector": lambda m: anew(m.model, "multi_modal_projector"),
+    "rotary frequencies": lambda m: setattr(
+        m.model.language_model.rotary_emb,
+        "inv_freq",
+        m.model.language_model.rotary_emb.inv_freq * 3,
+    ),
+    "code of a network": lambda m: negated(m.model.language_model.layers[1].mlp),
+    "code of a block's network": lambda m: negated(m.model.vision_tower.encoder.layers[1].mlp),
+    "code of the projector": lambda m: negated(m.model.multi_modal_projector),
     "hook on the projector": lambda m: m.model.multi_modal_projector.register_forward_hook(
         lambda module, args, out: -out
     ),
@@ -169,6 +205,36 @@ def test_a_later_turn_with_an_image_has_its_own_signals(method: str) -> None:
             }
             found.append(generated(model, given, past_key_values=first.past_key_values))
     same(found[1], found[0])
+
+
+class Asking(LogitsProcessor):
+    """Asks the model something else behind the second token."""
+
+    def __init__(self, model: Any, inputs: dict[str, Any]) -> None:
+        self.model, self.inputs, self.steps = model, inputs, 0
+        self.answer: Any = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.steps += 1
+        if self.steps == 2:
+            self.answer = generated(self.model, self.inputs)
+        return scores
+
+
+@pytest.mark.parametrize("method", ["vtc_cls", "todre", "fastv"])
+def test_a_generate_within_a_generate(method: str) -> None:
+    found = []
+    for fast in (False, "eager"):
+        model, inputs, handle = prepared(fast, method)
+        with handle:
+            for _ in range(2):
+                asking = Asking(model, ragged("llava", seed=3))
+                found.append((generated(model, inputs, logits_processor=[asking]), asking.answer))
+            found.append((generated(model, inputs), asking.answer))
+    plain = found[:3]
+    for got, want in zip(found[3:], plain, strict=True):
+        same(got[0], want[0])
+        same(got[1], want[1])
 
 
 def test_guidance_runs_beside_the_prompt() -> None:

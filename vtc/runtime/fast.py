@@ -75,6 +75,7 @@ class Fast:
         self._first = 0  # layers that are captured where the whole is not
         self.with_cuts = False
         self._closed = 0
+        self._under_way = 0
         self._blocked: str | None = None
         self._llm_blocked: str | None = None
         self._watched: dict[str, Watch] | None = None
@@ -104,7 +105,8 @@ class Fast:
 
     def begin(self) -> None:
         """A call begins: whether anything can be captured, and whether what is still holds."""
-        reason = self._why_not()
+        # caches and captures of the call around it are in use
+        reason = "it runs within another call" if self._under_way else self._why_not()
         self._blocked = reason or self._attached("tower")
         plain = reason is None and self._plain()
         self.with_cuts = plain and self._captures_cuts()
@@ -178,7 +180,7 @@ class Fast:
             with deferred(self.session.checks):
                 self.llm.run_ahead(given["inputs_embeds"].shape[1] + more, **given)
         model: Any = self.session.adapter.model
-        stock = model._prepare_cache_for_generation
+        stock, prepared = model._prepare_cache_for_generation, False
 
         def prepare(
             generation_config: Any,
@@ -187,9 +189,13 @@ class Fast:
             batch_size: int,
             max_cache_length: int,
         ) -> Any:
+            nonlocal prepared
             out = stock(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
+            if prepared:  # of another generate, that a logits processor runs within this one
+                return out
+            prepared = True
             reason = _why_not_generate(generation_config, model_kwargs, generation_mode)
             embeds = model_kwargs.get("inputs_embeds")
             if reason is None and embeds is not None:
@@ -208,9 +214,17 @@ class Fast:
             yield
 
     @contextmanager
+    def _entered(self) -> Iterator[None]:
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+
+    @contextmanager
     def _serving(self, generates: bool) -> Iterator[None]:
         try:
-            with self.llm.serving(generates):
+            with self._entered(), self.llm.serving(generates):
                 yield
         finally:
             self.told |= self.llm.told
@@ -222,11 +236,11 @@ class Fast:
             with self._serving(generates=False):
                 yield
         elif self.with_cuts:
-            with self.cuts.serving():
+            with self._entered(), self.cuts.serving():
                 yield
             self.told["prefill"] = self.cuts.told or self._llm_blocked
         elif self._first:
-            with self.prefix.serving(self._first):
+            with self._entered(), self.prefix.serving(self._first):
                 yield
             if (said := self.prefix.told) == self.graphs.backend:
                 said = f"{said} up to layer {self._first - 1}; then {self._llm_blocked}"
@@ -275,8 +289,8 @@ class Fast:
         inside = set(model.modules())
         outside = [m for m in adapter.base.modules() if m not in inside and m is not adapter.base]
         return {
-            "llm": Watch(inside - {model}, model.layers, self.session.layers.owns),
-            "tower": Watch(outside, self.session.tower.encoder.blocks),
+            "llm": Watch(inside - {model}, [model], self.session.layers.owns),
+            "tower": Watch(outside, [adapter.base]),
         }
 
     def _plain(self) -> bool:
@@ -284,6 +298,9 @@ class Fast:
         layers, adapter = self.session.layers, self.session.adapter
         if not layers.cuts or self.session.rows.acts or adapter.deepstack_layers:
             return False
+        model: Any = adapter.language_model
+        if any("forward" in vars(layer) for layer in model.layers):
+            return False  # somebody else runs it
         return self.llm.refusal() is None
 
     def _captures_cuts(self) -> bool:

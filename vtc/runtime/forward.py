@@ -77,7 +77,7 @@ class ForwardSeam:
         with self._lock:
             self._attached = False
             self._settle()
-        self._clear()
+        self.clear()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -109,7 +109,8 @@ class ForwardSeam:
                 language_model.register_forward_hook(self._after_language),
             ]
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forget a forward that was broken off: an interrupt runs no hook behind it."""
         self._recording.close()
         self.session.show_gaps()
         self._pending = None
@@ -137,7 +138,7 @@ class ForwardSeam:
                 "a replica of a patched model was run, expected the model itself: DataParallel "
                 "would have its copies share one patch; use one process for each device"
             )
-        self._clear()  # an interrupt runs no hook behind it
+        self.clear()
         given = kwargs
         if args:  # some families call their base model by position
             given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs  # noqa: B905
@@ -253,7 +254,7 @@ class ForwardSeam:
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
         pending = self._pending
-        self._clear()
+        self.clear()
         if pending is None or output is None:
             return
         self.session.checks.settle()

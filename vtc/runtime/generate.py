@@ -51,6 +51,7 @@ class GenerateSeam:
         kwargs = _by_keyword(self.stock, args, kwargs)
         session = self.session
         with self._lock, dispatch.using(session.kernels, session.ran):
+            self.forward.clear()
             session.last = None
             config = _Config(session.adapter.model, kwargs)
             has_images = session.adapter.has_images(kwargs)

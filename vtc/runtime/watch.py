@@ -20,37 +20,45 @@ def never(hook: Any) -> bool:
 
 
 class Watch:
-    """Looks for what a replay would not see: weights and modules that were replaced, weights that
-    were moved (those of the first, middle and last block stand for all), hooks.
+    """Looks for what a replay would not see: modules that were replaced or are run by other code,
+    weights and buffers that lie elsewhere, hooks.
 
     Args:
         modules: of a part of a model.
-        blocks: of the part.
+        around: modules around the part, whose own hooks are run around a replay.
         own: whether a hook is known and does no harm.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], blocks: Any, own: Own = never) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        around: Iterable[nn.Module] = (),
+        own: Own = never,
+    ) -> None:
         self._modules, self._own = list(modules), own
         self._hooks = [
             hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
-        self._tables: list[dict[str, Any]] = [
-            table for m in self._modules for table in (m._modules, m._parameters) if table
+        parts = [*self._modules, *around]
+        self._vars = list(map(vars, parts))
+        self._children = [m._modules for m in parts if m._modules]
+        self._tensors: list[dict[str, Any]] = [
+            table for m in parts for table in (m._parameters, m._buffers) if table
         ]
-        sample = (m for i in (0, len(blocks) // 2, -1) for m in blocks[i].modules())
-        self._weights = [m._parameters for m in sample if m._parameters]
         self._seen = self._now()
         self._attached: tuple[int, str | None] = (-1, None)
 
-    def _now(self) -> tuple[list[int], list[int]]:
+    def _now(self) -> tuple[list[Any], ...]:
+        tensors = chain.from_iterable(table.values() for table in self._tensors)
         return (
-            list(map(id, chain.from_iterable(table.values() for table in self._tables))),
-            [w.data_ptr() for ws in self._weights for w in ws.values() if w is not None],
+            [own.get("forward") for own in self._vars],
+            list(map(id, chain.from_iterable(table.values() for table in self._children))),
+            [None if x is None else x.data_ptr() for x in tensors],
         )
 
     @property
     def changed(self) -> bool:
-        """Whether its weights or modules are no longer those that were captured."""
+        """Whether it is no longer what was captured."""
         return self._now() != self._seen
 
     def refusal(self) -> str | None:
