@@ -303,6 +303,23 @@ def test_what_is_not_captured_runs_plain_and_says_why(case: str) -> None:
     assert torch.equal(getattr(got, "sequences", got), getattr(want, "sequences", want))
 
 
+def test_a_decoding_loop_of_the_callers_has_a_cache_of_its_own_making() -> None:
+    seen = []
+
+    def loop(model: Any, input_ids: torch.Tensor, **given: Any) -> torch.Tensor:
+        seen.append(type(given["past_key_values"]).__name__)
+        return model._sample(input_ids, **given)  # type: ignore[no-any-return]
+
+    model, inputs = llava()
+    options = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": PLACEHOLDERS}
+    found = []
+    for fast in (False, "eager"):
+        with vtc.patch(model, "vtc_cls", 6, fast=fast) as handle:  # type: ignore[arg-type]
+            found.append(model.generate(**inputs, **options, custom_generate=loop))
+    assert torch.equal(*found) and seen == ["DynamicCache"] * 2
+    assert "custom_generate" in handle.report().fast["decode"]
+
+
 def test_without_a_gpu_it_says_so_and_is_right() -> None:
     model, inputs = llava()
     with vtc.patch(model, "vtc_cls", 6):

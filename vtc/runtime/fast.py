@@ -163,7 +163,9 @@ class Fast:
         return bucket(longest(images, selection, shape)) if self.prefills else None
 
     @contextmanager
-    def generating(self, prompt: int, given: dict[str, Tensor], more: int | None) -> Iterator[None]:
+    def generating(
+        self, prompt: int, given: dict[str, Tensor], more: int | None, custom: bool = False
+    ) -> Iterator[None]:
         """Within it, a stock generate on short embeddings runs captured.
 
         Args:
@@ -171,6 +173,8 @@ class Fast:
             given: embeddings, mask and position ids of the short prompt.
             more: how many tokens generate will add at most, as far as can be told before; None: it
                 cannot, or their first run is not worth to be started before.
+            custom: whether the caller has a decoding loop of his own, which may do anything to its
+                cache.
         """
         if self._llm_blocked is not None:
             with self.forwarding():
@@ -197,6 +201,7 @@ class Fast:
                 return out
             prepared = True
             reason = _why_not_generate(generation_config, model_kwargs, generation_mode)
+            reason = "custom_generate was given" if custom else reason
             embeds = model_kwargs.get("inputs_embeds")
             if reason is None and embeds is not None:
                 more = generation_config.max_length - prompt

@@ -185,9 +185,9 @@ class GenerateSeam:
         prompt = {n: given[n] for n in ("inputs_embeds", "attention_mask", "position_ids")}
         # what stock generate adds if it is told nothing
         more = given.get("max_new_tokens") or config["max_new_tokens"] or 20
-        return fast.generating(
-            turn.whole_mask.shape[1], prompt, more if config.runs_prompt_once else None
-        )
+        more = more if config.runs_prompt_once else None
+        custom = given.get("custom_generate") is not None
+        return fast.generating(turn.whole_mask.shape[1], prompt, more, custom)
 
     def _assisted(self, images: Images, kwargs: dict[str, Any], clock: Clock) -> Any:
         """Through the forward seam: stock assisted decoding cannot start from embeddings."""
