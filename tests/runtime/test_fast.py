@@ -432,3 +432,23 @@ def test_sizes_that_never_come_again_leave_nothing() -> None:
         tables = (fast.selection._made, fast.encoder._ran, fast.encoder._left)
         assert all(len(table) <= 2 * fast.graphs.limit + 1 for table in tables)
         assert len(fast.graphs) <= 3
+        # tensors are among what decisions leave
+        assert not fast.selection._made
+
+
+def test_a_cache_for_which_there_was_no_memory_is_made_anew() -> None:
+    from vtc.runtime.static_cache import CountedCache
+
+    class Scarce(torch.Tensor):
+        """There is memory for the keys, and none for the values."""
+
+        def new_zeros(self, *size: Any, **options: Any) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+    model = build_model("llava")
+    cache = CountedCache(model.config.text_config, 8, torch.device("cpu"))
+    keys, values = torch.randn(2, 1, 2, 3, 16)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.update(keys, values.as_subclass(Scarce), 0)
+    got = cache.update(keys, values, 0)
+    assert torch.equal(got[1][:, :, :3], values)

@@ -186,6 +186,8 @@ class FastSelection:
         inputs = [staged.given, encoded.features, *signals]
         tensors = self.graphs.run(staged.key, run, inputs, patient=True)
         template, short, messages, ran = self._made[staged.key]
+        if not self.graphs.holds(staged.key):
+            del self._made[staged.key]  # its tensors would be kept, and it is made in each call
         self.session.ran.update(ran)
         self.graphs.forget(self._made)
         flags = tensors[len(tensors) - len(messages) :]

@@ -41,9 +41,11 @@ class CountedLayer(StaticLayer):  # type: ignore[misc]
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
         if not self._memory:
-            for x in (key_states, value_states):
-                rows = (*x.shape[:2], self.max_cache_len, x.shape[-1])
-                self._memory.append(x.new_zeros((self._layers, *rows)))
+            # both or none: there may be memory for one of them only
+            self._memory += [
+                x.new_zeros(self._layers, *x.shape[:2], self.max_cache_len, x.shape[-1])
+                for x in (key_states, value_states)
+            ]
         self.keys, self.values = (memory[self._index] for memory in self._memory)
         self.is_initialized = True
 
