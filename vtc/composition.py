@@ -118,6 +118,12 @@ class Composed(Method):
         found = {method.published_positions for method in dropping}
         return found.pop() if len(found) == 1 else "keep"
 
+    def published_between(self, facts: Facts) -> Literal["keep", "renumber"]:
+        """What the stages that cut between decoder layers agree on, else `"keep"`."""
+        cutting = [s.method for s in self.stages if s.method.llm_layers(facts, s.budget)]
+        found = {method.published_between(facts) for method in cutting}
+        return found.pop() if len(found) == 1 else "keep"
+
     @property
     def bibtex(self) -> str:  # type: ignore[override]
         """How to cite the stages."""

@@ -200,14 +200,15 @@ def packed(given: Fed, image: Tensor, kept: Tensor) -> tuple[Fed, list[list[int]
     b = torch.arange(len(rows))[:, None]
     where = torch.zeros(*given.positions.shape[:-1], width, dtype=torch.long)
     for r, row in enumerate(rows):
-        ids = _numbered(given.positions[..., r, :], image[r].tolist(), row)
+        ids = numbered(given.positions[..., r, :], image[r].tolist(), row)
         where[..., r, width - len(row) :] = ids
     visual = None if given.visual is None else given.visual[b, at] & mask.bool()
     deep = None if given.deep is None else given.deep[b, at]
     return Fed(given.embeds[b, at], mask, where, visual, deep), rows
 
 
-def _numbered(ids: Tensor, image: list[int], row: list[int]) -> Tensor:
+def numbered(ids: Tensor, image: list[int], row: list[int]) -> Tensor:
+    """Positions `[n]`, or `[4, n]`, without gaps of the columns `row` of those that have `ids`."""
     if ids.dim() == 1:
         return torch.arange(len(row))
     out = torch.zeros(len(ids), len(row), dtype=torch.long)

@@ -42,7 +42,7 @@ class Method:
         exactness: what the patched model equals, see the contract: `"mask"`, `"layer_mask"` or
             `"restatement"`.
         bibtex: how to cite it.
-        published_positions: what `positions="published"` means for it.
+        published_positions: what `positions="published"` means for what reaches the LLM.
     """
 
     name: ClassVar[str]
@@ -198,6 +198,10 @@ class Method:
     def steps(self, budget: Budget) -> tuple[Step, ...]:
         """What decides, in order: the method itself, or the stages of a composition."""
         return (Step(self, budget),)
+
+    def published_between(self, facts: Facts) -> Literal["keep", "renumber"]:
+        """What `positions="published"` means on such a model behind cuts between decoder layers."""
+        return "keep"
 
     def on(self, facts: Facts) -> Method:
         """The method as it decides on such a model: itself, unless a part must know the model."""

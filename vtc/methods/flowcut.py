@@ -259,6 +259,10 @@ class FlowCut(Method):
         """As inside the encoder."""
         return self.mask_refusal()
 
+    def published_between(self, facts: Facts) -> Literal["keep", "renumber"]:
+        """Official LLaVA code counts anew behind the cut in the LLM, that of Qwen2-VL does not."""
+        return "renumber" if facts.has_cls else "keep"
+
     @property
     def _reads_text(self) -> bool:
         """Whether the scorer looks at what the last token does."""

@@ -27,7 +27,7 @@ class LayerCuts(Method, abstract=True):
     """A method whose scorer and selector decide between decoder layers.
 
     Subclasses say behind which layers (`cuts`) and what share of an image's tokens is left behind
-    each of them (`shares`). Between layers, position ids are kept whatever the policy.
+    each of them (`shares`).
 
     Args:
         budget: what `keep` counts: the tokens left behind the `"last"` cut, or their average over
@@ -52,6 +52,10 @@ class LayerCuts(Method, abstract=True):
     def default_selector(self) -> Selector:
         """The highest scores."""
         return TopK()
+
+    def published_between(self, facts: Facts) -> Literal["keep", "renumber"]:
+        """As before the LLM."""
+        return "renumber" if self.published_positions == "renumber" else "keep"
 
     def cuts(self, facts: Facts) -> tuple[int, ...]:
         """For each stage the decoder layer behind which it cuts, ascending."""

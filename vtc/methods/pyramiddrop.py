@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from vtc.methods.layer_cuts import LayerCuts, cut_before, rising
 from vtc.scorers import LastRow, Scorer
@@ -22,8 +22,8 @@ class PyramidDrop(LayerCuts):
     average.
 
     Code and paper: the code renumbers positions at every stage, in later steps too, and rounds
-    counts down; here positions between layers are kept. Rows of tables with less than a quarter of
-    all tokens on average use other people's schedules: pass `layers`.
+    counts down. Rows of tables with less than a quarter of all tokens on average use other people's
+    schedules: pass `layers`.
 
     Args:
         layers: how many layers have run at each stage, of 32 and scaled to others.
@@ -31,6 +31,7 @@ class PyramidDrop(LayerCuts):
 
     name: ClassVar[str] = "pyramiddrop"
     summary: ClassVar[str] = "in stages, tokens that the last text token attends to next"
+    published_positions: ClassVar[Literal["keep", "renumber", "median"]] = "renumber"
     bibtex: ClassVar[str] = """@inproceedings{xing2025pyramiddrop,
   title={PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy
          Reduction},

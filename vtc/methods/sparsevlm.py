@@ -44,8 +44,8 @@ class SparseVlm(LayerCuts):
     14 to 18 more there.
 
     Code and paper: no count adapts to the rank of attention in the code. Its clusters stand behind
-    the kept tokens and positions are renumbered (`"plus"`: kept); here a cluster stands at its
-    center, and positions are kept. Densities are told apart by random noise there, by order here.
+    the kept tokens, here at their center; positions are renumbered at every stage (`"plus"`: kept).
+    Densities are told apart by random noise there, by order here.
 
     Args:
         variant: version 1 or SparseVLM+.
@@ -71,6 +71,11 @@ class SparseVlm(LayerCuts):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.expect(rising(self.layers, 0), "three ascending numbers", "layers")
+
+    @property
+    def published_positions(self) -> Literal["keep", "renumber"]:  # type: ignore[override]
+        """As the variant's code has it."""
+        return "renumber" if self.variant == "v1" else "keep"
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]  # the rest only reads it

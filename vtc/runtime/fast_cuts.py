@@ -59,6 +59,8 @@ class FastCuts:
         method = self.session.method
         if method.drops_earlier_kv:
             return "layers before the cut stop reading what it dropped"
+        if self.session.layers.recounts:
+            return "positions are counted anew behind a cut"
         return method.capture_refusal()
 
     @contextmanager

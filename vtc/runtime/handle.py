@@ -250,8 +250,8 @@ def patch(
         method: a name from `vtc.methods()`, or a `Method` object.
         keep: what is kept of each image: a float in (0, 1] is a fraction, an int >= 1 is tokens.
         positions: position ids of what remains: `"keep"` the original ones, `"renumber"` them,
-            `"median"` (merged tokens take their median member's), or `"published"`, what the
-            method's official code does.
+            behind cuts between decoder layers too, `"median"` (merged tokens take their median
+            member's), or `"published"`, what the method's official code does.
         fast: capture the encoder, the prefill and the decode steps as CUDA graphs, by size of the
             pixels and by length of the text. What cannot be captured runs as it would without, and
             `report().fast` says why. `"compile"` also compiles them with torch before, which takes
@@ -280,8 +280,7 @@ def patch(
             f"this model is patched already with {patched.method!r}; call vtc.unpatch(model) "
             "first, or handle.set(keep=...) to change the budget"
         )
-    policy = chosen.published_positions if positions == "published" else positions
-    session = Session(adapter, chosen, budget, policy, operator.index(seed))
+    session = Session(adapter, chosen, budget, positions, operator.index(seed))
     session.kernels = kernels
     if fast:
         session.fast = Fast(session, fast)

@@ -30,12 +30,15 @@ class LayerState:
         batch: B.
         biases: per group `float[B, L]`, what is added to the attention logits on these entries;
             None: nothing. Empty: nothing anywhere.
+        shifts: per group `int64[B]`, by how much less its layers count the positions of what stands
+            behind; None: as much. Empty: as much everywhere.
     """
 
     masks: tuple[Tensor | None, ...]
     lengths: tuple[int, ...]
     batch: int
     biases: tuple[Tensor | None, ...] = ()
+    shifts: tuple[Tensor | None, ...] = ()
 
     def bias(self, group: int) -> Tensor | None:
         """What is added in the layers of a group."""

@@ -17,6 +17,7 @@ from vtc.runtime.ahead import projected
 from vtc.runtime.clock import Clock
 from vtc.runtime.layer_bias import biased, check_biased, joined
 from vtc.runtime.layer_cache import GroupMasks, LayerState, filled, remember
+from vtc.runtime.layer_positions import Angles, Recounted
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage, repeated
 from vtc.sites import LayerCut, LayerView
 
@@ -30,6 +31,7 @@ class LayerRun:
         first_group: the first group of layers that needs masks of its own in later steps.
         state: what the cache remembers.
         given: the language model's inputs by name.
+        recounted: counts positions anew behind cuts; None: they are kept.
 
     Attributes:
         stages: of a prefill what each group of layers so far saw; of a later step none.
@@ -47,8 +49,10 @@ class LayerRun:
         first_group: int,
         state: LayerState | None,
         given: dict[str, Any],
+        recounted: Recounted | None = None,
     ) -> None:
         self._config, self._layers = model.config, model.layers
+        self.recounted = recounted
         self._cuts = cuts
         self._first_group = first_group
         self._state = state
@@ -146,14 +150,29 @@ class LayerRun:
             check_biased(self._config._attn_implementation)
             mask = biased(mask, bias, before, keys, hidden)
         made: dict[str, Any] = {"attention_mask": mask}
+        if (angles := self._turned(group, stage, hidden)) is not None:
+            made["position_embeddings"] = angles
         if stage is not None:
-            if stage.columns is not self.stages[0].columns:
-                angles = given["position_embeddings"]
-                made["position_embeddings"] = tuple(stage.rope(x, self._batch) for x in angles)
+            if angles is None and stage.columns is not self.stages[0].columns:
+                made["position_embeddings"] = self._angles(group, stage, hidden, given)
             # rotary angles are all that is made of them; flash attention would read gaps in them
             # as the borders of packed sequences
             made["position_ids"] = None
         return made
+
+    def _turned(self, group: int, stage: Stage | None, hidden: Tensor) -> Angles | None:
+        """Cosines and sines at positions counted anew; None: at those that are given."""
+        if self.recounted is None:
+            return None
+        first = self.stages[0] if self.stages else None
+        return self.recounted.angles(group, stage, first, hidden)
+
+    def _angles(self, group: int, stage: Stage, hidden: Tensor, given: dict[str, Any]) -> Angles:
+        """Cosines and sines of the entries of a stage in the layers of a group."""
+        if (turned := self._turned(group, stage, hidden)) is not None:
+            return turned
+        cosine, sine = given["position_embeddings"]
+        return stage.rope(cosine, self._batch), stage.rope(sine, self._batch)
 
     def _causal(self, layer: int, group: int, stage: Stage | None, hidden: Tensor) -> Any:
         """What each entry may attend to, as the stock model says it."""
@@ -223,7 +242,7 @@ class LayerRun:
             held=heads.held,
             newlines=stage.newlines,
             hidden=hidden[:: self._copies, :entries].to(query.device),
-            entrance=partial(self._entrance, stage, entries, given),
+            entrance=partial(self._entrance, hidden, stage, given, group),
             ahead=partial(self._ahead, hidden, stage, given, group),
         )
 
@@ -252,7 +271,9 @@ class LayerRun:
             held=None if mask is None else mask[::copies].to(query.device),
         )
 
-    def _entrance(self, stage: Stage, entries: int, given: dict[str, Any]) -> Entrance:
+    def _entrance(
+        self, hidden: Tensor, stage: Stage, given: dict[str, Any], group: int
+    ) -> Entrance:
         """What the first layer got, on the device of the stage."""
         if self._embeds is None:
             raise UnsupportedModeError(
@@ -260,10 +281,10 @@ class LayerRun:
                 "their features are among them"
             )
         device, first = stage.mask.device, self.stages[0]
-        whole = first.length - first.extra
+        whole, entries = first.length - first.extra, stage.entries - stage.extra
         angles = [
-            stage.rope(x, self._batch)[..., :: self._copies, :entries, :].to(device)
-            for x in given["position_embeddings"]
+            x[..., :: self._copies, :entries, :].to(device)
+            for x in self._angles(group, stage, hidden, given)
         ]
         return Entrance(
             embeds=self._embeds[:: self._copies, :whole].to(device),
@@ -277,7 +298,7 @@ class LayerRun:
         self, hidden: Tensor, stage: Stage, given: dict[str, Any], group: int, rotary: bool
     ) -> Heads:
         """What the layer behind a group's would compute with if nothing were dropped."""
-        cosine, sine = (stage.rope(x, self._batch) for x in given["position_embeddings"])
+        cosine, sine = self._angles(group + 1, stage, hidden, given)
         if not rotary:
             cosine, sine = torch.ones_like(cosine), torch.zeros_like(sine)
         layer, before, cache = self._cuts[group] + 1, self._before[group + 1], self._cache
@@ -321,7 +342,9 @@ class LayerRun:
             masks.append(None if mask is None or bool(mask.all()) else mask)
             bias = self._bias(group, stage)
             biases.append(None if bias is None else bias[:, :length])
-        remember(self._cache, LayerState(tuple(masks), lengths, self._batch, tuple(biases)))
+        shifts = () if self.recounted is None else self.recounted.shifts(self.stages, self._batch)
+        state = LayerState(tuple(masks), lengths, self._batch, tuple(biases), shifts)
+        remember(self._cache, state)
 
     def restored(self, output: Any) -> Any:
         """The output of the language model over all its entries."""

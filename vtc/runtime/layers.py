@@ -24,6 +24,7 @@ from vtc.errors import PatchError, SignalError, UnsupportedModeError
 from vtc.methods.base import Method
 from vtc.runtime.clock import Clock
 from vtc.runtime.layer_cache import remembered
+from vtc.runtime.layer_positions import Recounted
 from vtc.runtime.layer_run import LayerRun
 from vtc.runtime.layer_stage import LayerDecision, Placed, Stage
 from vtc.runtime.probe import probed
@@ -44,6 +45,7 @@ class LayerSeam:
         layers: the layers after which it decides, 0-based.
         budget_of: the budget in force.
         facts: of the model, for methods that go by them.
+        recounts: whether positions are counted anew behind what was cut.
 
     Raises:
         SignalError: the model has no such layers, or none that can be cut after.
@@ -57,8 +59,10 @@ class LayerSeam:
         layers: tuple[int, ...],
         budget_of: Callable[[], Budget],
         facts: Facts | None = None,
+        recounts: bool = False,
     ) -> None:
         self._adapter = adapter
+        self.recounts = recounts
         self._language_model: Any = adapter.language_model
         self._method = method
         self._cuts = tuple(sorted(set(layers)))
@@ -143,6 +147,7 @@ class LayerSeam:
         self._hooks = [
             model.register_forward_pre_hook(self._before_language, with_kwargs=True),
             model.register_forward_hook(self._after_language, prepend=True, always_call=True),
+            model.rotary_emb.register_forward_pre_hook(self._before_rotary, with_kwargs=True),
         ]
         for i, layer in enumerate(model.layers):
             if i >= first:
@@ -197,13 +202,24 @@ class LayerSeam:
             return
         check_mode(module)
         first = 0 if self._method.drops_earlier_kv else 1
-        run = LayerRun(self._language_model, self._cuts, first, state, given)
+        recounted = None
+        if self.recounts or (state is not None and state.shifts):
+            recounted = Recounted(module.rotary_emb, state)
+        run = LayerRun(self._language_model, self._cuts, first, state, given, recounted)
         if expected is not None:
             run.begin(*expected, self.decide, self.clock)
             for layer in self._cuts:
                 attention = self._language_model.layers[layer].self_attn
                 self._probes.enter_context(probed(attention, partial(run.see, layer)))
         self._run = run
+
+    def _before_rotary(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if self._run is not None and self._run.recounted is not None:
+            names = inspect.signature(module.forward).parameters
+            given = dict(zip(names, args)) | kwargs  # noqa: B905
+            self._run.recounted.see(given["position_ids"])
 
     def _before_layer(
         self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -19,7 +19,7 @@ from vtc.errors import (
     UnsupportedModeError,
     VtcError,
 )
-from vtc.methods.base import Method
+from vtc.methods.base import Method, Positions
 from vtc.plans import LayerPlan, layers_as_tokens
 from vtc.runtime.clock import Clock
 from vtc.runtime.compaction import Compaction, Policy, by_row, plan
@@ -110,10 +110,11 @@ class Session:
         adapter: describes the model.
         method: decides.
         budget: how much is kept.
-        policy: what becomes of position ids, already resolved from `"published"`.
+        positions: what becomes of position ids.
         seed: for methods that draw.
 
     Attributes:
+        policy: what becomes of position ids of what reaches the language model.
         last: the last call, or None if it had no images.
         prompt: what the stock language model gets of the call under way, its mask and position ids;
             None behind a cache.
@@ -126,17 +127,26 @@ class Session:
     """
 
     def __init__(
-        self, adapter: Adapter, method: Method, budget: Budget, policy: Policy, seed: int
+        self,
+        adapter: Adapter,
+        method: Method,
+        budget: Budget,
+        positions: Positions,
+        seed: int,
     ) -> None:
         self.adapter = adapter
         self.method = method = method.on(facts_of(adapter))
         self.budget = budget
-        self.policy: Policy = policy
         self.seed = seed
         self.tower = Tower(adapter, method)
         facts = self.tower.facts
+        if positions == "published":
+            self.policy: Policy = method.published_positions
+            recounts = method.published_between(facts) == "renumber"
+        else:
+            self.policy, recounts = positions, positions == "renumber"
         self.layers = LayerSeam(
-            adapter, method, method.llm_layers(facts, budget), lambda: self.budget, facts
+            adapter, method, method.llm_layers(facts, budget), lambda: self.budget, facts, recounts
         )
         self.rows = RowSeam(
             adapter, self._plan(), method.rule_layers(facts), method.layer_rule, self.layers
