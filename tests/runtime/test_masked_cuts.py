@@ -22,7 +22,10 @@ from vtc.runtime.short import gather_groups
 from vtc.scorers import ClsAttention, Scorer
 from vtc.types import Budget, Signal
 
-ROWS = ("llava", "llava_siglip", "llava_next", "llava_onevision", "internvl")
+# rows of their own, and packed in one sequence, within windows
+CAPTURED = (
+    "llava", "llava_siglip", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl",
+)  # fmt: skip
 CASES: dict[str, list[list[Any]]] = {
     "one": [[3, ("image", 24, 48), 5]],
     "ragged": [[4, ("image", 48, 48), 5], [2, ("image", 24, 24), 9]],
@@ -99,7 +102,7 @@ def compare(
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("keep", [5, 0.3])
-@pytest.mark.parametrize("family", ROWS)
+@pytest.mark.parametrize("family", CAPTURED)
 def test_hidden_is_as_good_as_gone(family: str, keep: Any, case: str) -> None:
     fast, _ = compare(model_of(family), inputs_of(family, case), keep, llm_cut="off")
     report = fast.report()
@@ -107,7 +110,7 @@ def test_hidden_is_as_good_as_gone(family: str, keep: Any, case: str) -> None:
     assert set(report.fast.values()) == {"eager"}
 
 
-@pytest.mark.parametrize("family", ROWS)
+@pytest.mark.parametrize("family", CAPTURED)
 def test_with_a_cut_in_the_llm(family: str) -> None:
     fast, _ = compare(model_of(family), inputs_of(family, "ragged"), 0.2)
     told = fast.report().fast
@@ -154,7 +157,7 @@ class _Norms(Scorer):
 
 
 @pytest.mark.parametrize("scorer", [_Norms(), ClsAttention(Signal("cls_row", (-1,)))])
-@pytest.mark.parametrize("family", ["llava", "internvl"])
+@pytest.mark.parametrize("family", ["llava", "internvl", "qwen2_5_vl"])
 def test_other_scorers(family: str, scorer: Scorer) -> None:
     fast, _ = compare(model_of(family), inputs_of(family, "ragged"), 0.3, scorer=scorer)
     own, _ = compare(model_of(family), inputs_of(family, "ragged"), 0.3)
@@ -191,11 +194,6 @@ def test_what_the_host_decides_runs_as_before(options: dict[str, Any], reason: s
     said = handle.report().fast["encoder"]
     assert reason in said
     compare(model, inputs, 0.3, encoder=said, **options)
-
-
-def test_packed_encoders_run_as_before() -> None:
-    reason = "how many patches go on between its blocks depends on them"
-    compare(model_of("qwen2_5_vl"), inputs_of("qwen2_5_vl", "ragged"), 0.3, encoder=reason)
 
 
 def test_calls_and_budgets_take_turns() -> None:
@@ -318,7 +316,7 @@ def test_the_guard_sees_who_reads(unread: Callable[..., Unread]) -> None:
 
 
 @pytest.mark.parametrize("case", ["one", "ragged"])
-@pytest.mark.parametrize("family", ROWS)
+@pytest.mark.parametrize("family", CAPTURED)
 @torch.no_grad()
 def test_nothing_is_read(family: str, case: str, unread: Callable[..., Unread]) -> None:
     """Of the encoder with its cuts, and of the decision before the LLM."""

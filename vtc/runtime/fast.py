@@ -321,7 +321,7 @@ class Fast:
         # the method's own hooks are on the layers behind
         later = {m for layer in model.layers[layers.first_seen :] for m in layer.modules()}
         earlier = (m for m in model.modules() if m is not model and m not in later)
-        foreign = attached(earlier) or next(filter(None, map(wrapped, later)), None)
+        foreign = attached(earlier, layers.owns) or next(filter(None, map(wrapped, later)), None)
         return 0 if foreign else layers.first_seen
 
     def _attached(self, part: str) -> str | None:

@@ -155,8 +155,9 @@ class LayerSeam:
                 self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def owns(self, hook: Any) -> bool:
-        """Whether a hook of a layer is one of these."""
-        return isinstance(hook, partial) and hook.func == self._before_layer
+        """Whether a hook of a module within the language model is one of these."""
+        own = hook.func if isinstance(hook, partial) else hook
+        return own in (self._before_layer, self._before_rotary)
 
     def detach(self) -> None:
         """Remove the hooks and everything a broken-off call left."""
