@@ -4,7 +4,7 @@ maps, patches taken out of a list."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +162,28 @@ def qwen_rows(model: Any, pixels: Tensor, grids: Tensor) -> Iterator[list[Row]]:
         yield [Row(x, 0, [qwen_block(b, cos, sin) for b in visual.blocks], sees, 4)]
 
 
-def flowcut(row: Row, tap: int, target: int) -> tuple[list[int], list[int], Tensor]:
-    """Units left of a row, how many patches went through each block, and the features `[n, width]`
-    behind the tap."""
+Left = tuple[list[int], list[int], Tensor]
+
+
+def flowcut(rows: list[Row], tap: int, target: int) -> list[Left]:
+    """Of each row of an image, which all drop as many, the units left, how many patches went
+    through each block, and the features `[n, width]` behind the tap."""
+    steps = [flow(row, tap, target) for row in rows]
+    amounts = [next(step) for step in steps]
+    while True:
+        found = []
+        for step, amount in zip(steps, [max(amounts)] * len(steps), strict=True):
+            try:
+                found.append(step.send(amount))
+            except StopIteration as end:
+                found.append(end.value)
+        if not isinstance(found[0], int):
+            return found
+        amounts = found
+
+
+def flow(row: Row, tap: int, target: int) -> Generator[int, int, Left]:
+    """One row: says how many units it would drop behind a block, is told how many it does."""
     x, first, m = row.hidden, row.first, row.m
     left = list(range((len(x) - first) // m))
     score, through = None, []
@@ -188,19 +207,18 @@ def flowcut(row: Row, tap: int, target: int) -> tuple[list[int], list[int], Tens
             new = a * size
         new = new.view(-1, m).mean(-1)
         score = new if score is None else 0.5 * score + 0.5 * new
-        remaining = tap - 1 - b
-        if len(left) <= target or remaining % 2:
+        remaining, n = tap - 1 - b, len(left)
+        if remaining % 2:
             continue
-        n = len(left)
         if remaining:
             p = (a / a.sum()).double()
             spread = float(-(p * p.log()).sum()) / math.log(n * m)
             amount = (n - target) * m / math.sqrt(remaining) * (1 - spread**2)
-            stay = max(n - round(amount / m), target)
+            dropped = yield round(amount / m) if n > target else 0
         else:
-            stay = target
-        best = sorted(range(n), key=lambda u: (-float(score[u]), u))[:stay]
-        keep = sorted(best)
+            dropped = n
+        stay = min(n, max(n - dropped, target))
+        keep = sorted(sorted(range(n), key=lambda u: (-float(score[u]), u))[:stay])
         rows = [*range(first), *(first + u * m + i for u in keep for i in range(m))]
         x, score, left = x[rows], score[keep], [left[u] for u in keep]
     return left, through, x[first:]
@@ -273,8 +291,8 @@ def test_flowcut_equals_its_plain_statement(family: str, keep: float, case: str)
     patches = [0] * (tap + 1)
     for g, (of_image, n) in enumerate(zip(rows, selection.lengths, strict=True)):
         units, found = 0, []
-        for row in of_image:
-            left, through, features = flowcut(row, tap, target_of(of_image, n, keep))
+        plain = flowcut(of_image, tap, target_of(of_image, n, keep))
+        for row, (left, through, features) in zip(of_image, plain, strict=True):
             found += [units + u for u in left]
             units += (len(row.hidden) - row.first) // row.m
             if (project := projector(model, family)) is not None:
