@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import vtc
+from tests.kit import turns
 from tests.kit.answers import answered
 from tests.kit.fed import packed
 from tests.kit.matrix import (
@@ -30,7 +32,7 @@ from tests.kit.matrix import (
 )
 from tests.kit.models import FAMILIES, QWEN, build_model
 from tests.kit.oracle import groups, kept_columns, masked_from_layer, positions
-from tests.kit.prompts import Inputs
+from tests.kit.prompts import Inputs, build_inputs
 from tests.kit.recounted import recounted_from_layer
 from vtc.adapters.registry import adapter_of
 from vtc.runtime.tower import facts_of
@@ -118,6 +120,32 @@ def test_a_later_turn_counts_on_behind_cuts_between_layers(family: str) -> None:
     torch.testing.assert_close(
         torch.stack(then.logits), torch.stack(whole.logits[3:]), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("then", ["keep", "median", "renumber"])
+def test_a_cache_that_was_counted_anew_goes_on_under_another_policy(then: str) -> None:
+    """Image tokens are columns 3..38 of 43; in the first turn 26 of 36 leave, so that the last of
+    five tokens of the answer, read in the second, is 43 + 4 − 26 = 21."""
+    model, parts = build_model("llava"), [[[3, "image", 4]], [[2, "image", 4]]]
+    one, two = (build_inputs("llava", rows, seed=seed) for seed, rows in enumerate(parts))
+    with vtc.patch(model, "fastv", 10, positions="renumber"):
+        first = run(model, one, return_dict_in_generate=True)
+    given = turns.whole("llava", one, first.sequences[:, 43:], two)
+    language, seen = model.model.language_model, list[Tensor]()
+
+    def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["position_embeddings"][0])
+
+    hook = language.layers[-1].self_attn.register_forward_pre_hook(see, with_kwargs=True)
+    with vtc.patch(model, "fastv", 10, positions=then) as handle:
+        run(model, given, past_key_values=first.past_key_values, max_new_tokens=2)
+    hook.remove()
+    left = handle.selections[0].keep[0]
+    want = torch.cat([torch.arange(21, 24), 24 + left, torch.arange(60, 65)])
+    if then == "renumber":
+        want = torch.arange(21, 21 + 3 + 10 + 4 + 1)
+    table = language.rotary_emb(seen[0], want[None])[0]
+    assert torch.equal(torch.cat(seen, 1), table)
 
 
 def test_published_is_what_official_code_does_between_layers() -> None:

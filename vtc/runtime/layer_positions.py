@@ -22,10 +22,11 @@ class Recounted:
     Args:
         rotary: makes cosines and sines of ids.
         state: what the cache remembers.
+        anew: whether what this run drops moves positions, or only what earlier ones did.
     """
 
-    def __init__(self, rotary: Any, state: LayerState | None) -> None:
-        self._rotary = rotary
+    def __init__(self, rotary: Any, state: LayerState | None, anew: bool = True) -> None:
+        self._rotary, self._anew = rotary, anew
         self._behind = () if state is None else state.shifts
         self._given: Tensor | None = None
 
@@ -33,20 +34,18 @@ class Recounted:
         """Note the ids `[(P,) 1 or B, Q]` that all layers would go by."""
         self._given = ids
 
-    def angles(
-        self, group: int, stage: Stage | None, first: Stage | None, hidden: Tensor
-    ) -> Angles | None:
+    def angles(self, group: int, stage: Stage | None, whole: bool, hidden: Tensor) -> Angles | None:
         """Cosines and sines in the layers of a group, for the type and on the device of `hidden
         [B, L, D]`; None: those that are given to all layers.
 
         Args:
             group: of the layers.
-            stage: what is left of a prompt, of which `first` was all; None: it is a later step.
-            first: see above.
+            stage: what is left of a prompt; None: it is a later step.
+            whole: whether that is all of it.
             hidden: its rows are those of the run.
         """
         shift = self._behind[group] if self._behind else None
-        whole = stage is None or first is None or stage.columns is first.columns
+        whole = whole or not self._anew
         if whole and shift is None:
             return None
         batch = len(hidden)
@@ -62,7 +61,7 @@ class Recounted:
         first, found = stages[0], list[Tensor | None]()
         for group, stage in enumerate(stages):
             shift = self._behind[group] if self._behind else None
-            if stage.columns is not first.columns:
+            if self._anew and stage.columns is not first.columns:
                 less = self._end(first, True, batch) - self._end(stage, False, batch)
                 shift = less if shift is None else less + shift.to(less.device)
             found.append(shift)

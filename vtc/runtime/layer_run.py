@@ -164,8 +164,10 @@ class LayerRun:
         """Cosines and sines at positions counted anew; None: at those that are given."""
         if self.recounted is None:
             return None
-        first = self.stages[0] if self.stages else None
-        return self.recounted.angles(group, stage, first, hidden)
+        # as it was made: `stage` may be a copy on another device
+        made = self.stages[: group + 1]
+        whole = not made or made[-1].columns is made[0].columns
+        return self.recounted.angles(group, stage, whole, hidden)
 
     def _angles(self, group: int, stage: Stage, hidden: Tensor, given: dict[str, Any]) -> Angles:
         """Cosines and sines of the entries of a stage in the layers of a group."""

@@ -205,7 +205,7 @@ class LayerSeam:
         first = 0 if self._method.drops_earlier_kv else 1
         recounted = None
         if self.recounts or (state is not None and state.shifts):
-            recounted = Recounted(module.rotary_emb, state)
+            recounted = Recounted(module.rotary_emb, state, self.recounts)
         run = LayerRun(self._language_model, self._cuts, first, state, given, recounted)
         if expected is not None:
             run.begin(*expected, self.decide, self.clock)
