@@ -243,6 +243,23 @@ def test_a_mask_by_counts_of_the_device_is_that_of_the_host(n: int) -> None:
     assert torch.equal(ops.topk_mask(scores, valid, counts), want)
 
 
+def test_a_window_that_is_all_hidden_gives_numbers_in_half_precision() -> None:
+    """Its logits are far below 0, as biases make them: -65504 and less than -16 is -inf."""
+    model = build_model("qwen2_5_vl", blocks=8).half()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for block in model.model.visual.blocks:
+            block.attn.qkv.bias.view(3, -1)[:2] += torch.tensor([[3.0], [-3.0]])
+    inputs = build_inputs("qwen2_5_vl", [[3, ("image", 72, 72), 5]])
+    inputs["pixel_values"] = inputs["pixel_values"].half()
+    with vtc.patch(model, "flowcut", 2, llm_cut="off", fast="eager") as fast:
+        generated(model, inputs)
+        # of nine by nine units in windows of two by two fewer are left than there are windows, in
+        # front of a block that attends over all
+        assert fast.report().block_patches[6] < 4 * 25
+        assert features_of(fast).isfinite().all()
+
+
 class Unread(TorchDispatchMode):
     """Within it, numbers made from given tensors must not be looked at: not as Python numbers, and
     not as shapes."""

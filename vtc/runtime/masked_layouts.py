@@ -52,8 +52,8 @@ class _Masked(Layout):
         return self._by_patch(alive)
 
     def _hiding(self, query: Tensor, rows: int, entries: int, first: int) -> Tensor | None:
-        """`[rows, 1, 1, entries]`, the lowest number at what is hidden, `first` entries being none
-        of the units; None before the first decision."""
+        """`[rows, 1, 1, entries]`, low numbers at what is hidden, `first` entries being none of the
+        units; None before the first decision."""
         if not self._hides:
             return None
         if self._bias is None:
@@ -63,7 +63,8 @@ class _Masked(Layout):
         if self._stale:
             # what is hidden once stays so: in place, behind the blocks that read it before
             hidden = self._by_patch(self._placed(~self.valid))[:, None, None]
-            bias[..., first:].masked_fill_(hidden, torch.finfo(bias.dtype).min)
+            # half of the lowest: in a window that is all hidden, sums must stay numbers
+            bias[..., first:].masked_fill_(hidden, torch.finfo(bias.dtype).min / 2)
             self._stale = False
         return bias
 
