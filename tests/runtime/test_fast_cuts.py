@@ -135,6 +135,20 @@ def test_a_cache_that_a_forward_hands_out_goes_on(case: str) -> None:
         torch.testing.assert_close(step_logits, found[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("positions", ["published", "renumber"])
+def test_where_positions_are_counted_anew_the_report_says_why_it_is_not_captured(
+    positions: str,
+) -> None:
+    model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])
+    answers = []
+    for fast in (False, "eager"):
+        with vtc.patch(model, "fastv", 0.3, positions=positions, fast=fast) as handle:
+            answers.append(generated(model, inputs))
+    same(*answers)
+    told = handle.report().fast["prefill"]
+    assert ("positions are counted anew" in told) == (positions == "renumber")
+
+
 @pytest.mark.parametrize("case", ["todre", "fastv"])
 def test_what_every_layer_gives_is_left_to_the_layers(case: str) -> None:
     model, inputs = build_model("llava"), build_inputs("llava", prompts("llava")["ragged"])

@@ -330,7 +330,10 @@ class Fast:
     def _why_not_llm(self) -> str | None:
         session = self.session
         if session.layers.cuts:
-            return "the method decides between decoder layers by what they see"
+            why = "the method decides between decoder layers by what they see"
+            # without that, some methods' prefills are captured all the same
+            anew = session.layers.recounts
+            return f"{why}, and positions are counted anew behind its cuts" if anew else why
         if session.rows.acts:
             return "the method has visual rows skip work in decoder layers"
         if session.adapter.deepstack_layers:
