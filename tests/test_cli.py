@@ -99,7 +99,7 @@ WRONG = {
     "broken configuration": (demo("--model", "broken"), "'broken' could not be loaded"),
     "language model": (demo("--model", "text"), "'text' could not be loaded"),
     "unknown hub id": (demo("--model", "no/such"), "was not found on the hub or in its cache"),
-    "shallow encoder": (demo("--method", "vtc_cls"), "choose a start of at most 1"),
+    "shallow encoder": (demo("--method", "vtc_cls"), "choose a start of at most 11"),
     "out is a folder": (demo("--out", "empty"), "ends in '', expected a picture's ending"),
     "out ending": (demo("--out", "a.doc"), "ends in '.doc', expected a picture's ending"),
     "out in no folder": (demo("--out", "gone/a.png"), "'gone' is not a folder, expected one"),
@@ -193,7 +193,7 @@ def test_methods_lists_all_and_resolves_their_layers(folder, capfd):
     assert run("methods", "--model", "model") == 0
     lines = capfd.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("vtc_cls")]
-    assert "choose a start of at most 1" in line
+    assert "choose a start of at most 11" in line
 
 
 def test_doctor_names_versions_and_families(folder, capfd):

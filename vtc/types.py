@@ -109,10 +109,13 @@ class Signal:
             found = set(range(min(found, default=tap), tap + 1))
         if self.blocks and (not found or min(found) < 0 or max(found) >= depth):
             published = f" (published for {self.depth})" if self.depth else ""
+            # the advice is in the numbers that the user writes, which are scaled
+            last = max(b for b in range(max(self.depth or 0, depth)) if place(b) <= tap)
+            negative = f", or of {-depth} to {tap - depth}" if self.blocks[0] < 0 else ""
             raise SignalError(
                 f"{self.name} of blocks {_span(self.blocks)}{published} leaves no block on this "
                 f"encoder: it has {depth} blocks and its features are read after block {tap}; "
-                f"choose a start of at most {tap}"
+                f"choose a start of at most {last}{negative}"
             )
         return tuple(sorted(found))
 

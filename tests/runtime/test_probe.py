@@ -181,6 +181,24 @@ def test_a_window_that_leaves_no_block_is_refused_at_patch(
         vtc.patch(make_llava(blocks=blocks), "vtc_cls", 9, start=start)
 
 
+# of 8 blocks, the tap at 6: 19 · 8/24 = 6.33 is block 6, 20 · 8/24 = 6.67 is block 7; of 32, tap
+# 31: 23 · 32/24 = 30.67 is block 31, 24 would be block 32
+@pytest.mark.parametrize("depth, tap, last", [(8, 6, 19), (32, 31, 23), (24, 22, 22), (3, 1, 11)])
+def test_the_start_that_an_empty_window_advises_is_the_last_that_works(
+    depth: int, tap: int, last: int
+) -> None:
+    def resolve(start: int) -> tuple[int, ...]:
+        return VtcCls(start=start).needs[0].resolve(depth, tap)
+
+    assert resolve(last)[-1] == tap
+    with pytest.raises(SignalError, match=f"choose a start of at most {last}$"):
+        resolve(last + 1)
+    with pytest.raises(SignalError, match=f"at most {last}, or of {-depth} to {tap - depth}$"):
+        resolve(-depth - 1)
+    assert resolve(-depth) == tuple(range(tap + 1))
+    assert resolve(tap - depth) == (tap,)
+
+
 def test_a_cls_scorer_without_a_stand_in_is_refused_at_patch(
     make_llava: Any, make_inputs: Any
 ) -> None:
