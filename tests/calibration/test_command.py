@@ -60,6 +60,16 @@ def test_a_folder_of_pictures_becomes_a_file_and_a_picture(
     assert not list(folder.glob(".vtc-*"))
 
 
+def test_results_may_lie_beside_the_pictures(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("shown")
+    # what is being written there is a hidden file, and no picture yet
+    asked = ["--images", ".", "--question", "what color is the star?", "--what", "layers"]
+    assert run("--model", "llava", *asked, "--out", "a.json", "--plot", "a.png") == 0
+    assert "3 pictures of a folder" in capfd.readouterr().out
+
+
 def test_a_model_of_the_testbed_has_scenes_of_its_own(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,7 +72,9 @@ def of_folder(processor: Any, folder: Path, question: str, count: int) -> Sample
     if not folder.is_dir():
         raise InputError(f"images {str(folder)!r} is not a folder, expected one of pictures")
     endings = Image.registered_extensions()
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and p.is_file())
+    # hidden ones are nobody's pictures, such as files that are being written there
+    shown = (p for p in folder.iterdir() if not p.name.startswith("."))
+    paths = sorted(p for p in shown if p.suffix.lower() in endings and p.is_file())
     if not paths:
         raise InputError(
             f"folder {str(folder)!r} holds no picture, expected files such as .png or .jpg: name "
