@@ -14,6 +14,7 @@ import vtc
 from vtc.cli import main
 from vtc.commands.files import read_picture
 from vtc.errors import InputError, OptionError
+from vtc.evaluation.benchmarks import BENCHMARKS
 from vtc.keep import parse_keep
 from vtc.testbed.model import build_model, build_processor
 
@@ -225,6 +226,17 @@ def test_tasks_prints_a_folder_and_reuses_it(folder, capfd):
     assert capfd.readouterr().out == f"{path}\n"
     assert before == {p: p.stat().st_mtime_ns for p in path.rglob("*")}
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_benchmarks_without_the_extra(folder, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.delitem(sys.modules, "lmms_eval.utils", raising=False)
+    for of in BENCHMARKS.values():
+        for read in ("file", "config"):
+            vars(of).pop(read, None)
+    assert run("tasks", "--list") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "lmms_eval is not installed, expected the eval extra; pip install" in line
 
 
 def test_the_console_script_is_the_same_program(folder):

@@ -46,9 +46,10 @@ class Benchmark:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The installed task file and what it includes; functions are left unread."""
+        file = self.file  # says what to install where lmms-eval is not
         from lmms_eval.utils import load_yaml_config
 
-        found: dict[str, Any] = load_yaml_config(str(self.file), mode="simple")
+        found: dict[str, Any] = load_yaml_config(str(file), mode="simple")
         return found
 
     @property
