@@ -9,7 +9,7 @@ from PIL import Image
 
 import vtc
 from vtc import viz
-from vtc.errors import PatchError
+from vtc.errors import InputError, PatchError
 from vtc.runtime.pictures import sink_layers
 
 N = 36
@@ -40,6 +40,13 @@ def test_of_a_method_that_drops_tokens_it_is_the_overlay(asked, picture):
     handle = asked("vtc_cls", 0.3)
     wanted = viz.overlay(picture, handle.selections[0], group=1)
     assert handle.plot(picture, group=1).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("thing", [np.zeros((24, 24, 3), np.uint8), "a.png", None])
+def test_what_is_no_picture_is_refused(asked, thing):
+    handle = asked("vtc_cls", 0.3)
+    with pytest.raises(InputError, match=f"image is a {type(thing).__name__}, expected a PIL"):
+        handle.plot(thing)
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,11 @@ def _viridis(heat: Floats) -> Floats:
 
 
 def _enlarged(image: Image.Image) -> tuple[Image.Image, int]:
+    if not isinstance(image, Image.Image):
+        raise InputError(
+            f"image is a {type(image).__name__}, expected a PIL image: pass "
+            "PIL.Image.open(path), or PIL.Image.fromarray(array)"
+        )
     factor = max(1, _SIDE // max(image.size))
     size = image.width * factor, image.height * factor
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST), factor
