@@ -174,6 +174,17 @@ def test_set_changes_the_budget_without_patching_again(used: Any) -> None:
             assert handle.report().llm_tokens == (count, count)
 
 
+def test_a_removed_handle_has_no_budget_to_set(used: Any) -> None:
+    model, _ = used
+    with vtc.patch(model, "vtc_cls", 5) as handle:
+        pass
+    with (
+        vtc.patch(model, "vtc_cls", 6),
+        pytest.raises(PatchError, match="keep=7 was set on a handle that was removed"),
+    ):
+        handle.set(keep=7)
+
+
 def test_a_patched_model_can_be_collected(make_llava: Any) -> None:
     model = make_llava()
     vtc.patch(model, "vtc_cls", 5)

@@ -122,8 +122,15 @@ class Handle:
 
         Raises:
             OptionError: `keep` is out of range, or the method takes none.
+            PatchError: the handle was removed: there is nothing to change.
         """
-        self._session.set_budget(self.method.check_keep(keep))
+        budget = self.method.check_keep(keep)
+        if _handle_of(self._model) is not self:
+            raise PatchError(
+                f"keep={keep!r} was set on a handle that was removed, expected one in force: call "
+                "vtc.patch(model, ...) again"
+            )
+        self._session.set_budget(budget)
 
     def recall(self, encodings: Encodings) -> None:
         """Do not encode again what is among the encodings, and add what is not.
