@@ -130,6 +130,8 @@ class ForwardSeam:
             finally:
                 self._expected = None
 
+    # what the host remembers, by layout for one, would be traced instead of looked up
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_base(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -266,6 +268,7 @@ class ForwardSeam:
         if self._expected is None:
             pending.clock.mark("first")
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_language(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
