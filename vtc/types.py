@@ -415,9 +415,8 @@ class Selection:
         if self.merge is not None:
             named |= dict(zip(("slot", "token", "weight"), self.merge, strict=True))
         tensors = {name: part.cpu().contiguous() for name, part in named.items()}
-        meta = {"lengths": json.dumps(self.lengths), "grid": json.dumps(self.grid)}
-        meta |= {"parts": json.dumps(self.parts), "merged": self.merged}
-        meta["sends_cls"] = json.dumps(self.sends_cls)
+        told = ("lengths", "grid", "parts", "sends_cls")
+        meta = {name: json.dumps(getattr(self, name)) for name in told} | {"merged": self.merged}
         save_file(tensors, str(path), metadata=meta)
 
     @classmethod
@@ -426,8 +425,7 @@ class Selection:
         from safetensors import safe_open
 
         with safe_open(str(path), framework="pt") as file:
-            meta = file.metadata()
-            part = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            meta, part = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
         return cls(
             keep=part["keep"],
             valid=part["valid"],

@@ -127,12 +127,7 @@ class Session:
     """
 
     def __init__(
-        self,
-        adapter: Adapter,
-        method: Method,
-        budget: Budget,
-        positions: Positions,
-        seed: int,
+        self, adapter: Adapter, method: Method, budget: Budget, positions: Positions, seed: int
     ) -> None:
         self.adapter = adapter
         self.method = method = method.on(facts_of(adapter))
@@ -140,14 +135,10 @@ class Session:
         self.seed = seed
         self.tower = Tower(adapter, method)
         facts = self.tower.facts
-        if positions == "published":
-            self.policy: Policy = method.published_positions
-            recounts = method.published_between(facts) == "renumber"
-        else:
-            self.policy, recounts = positions, positions == "renumber"
-        self.layers = LayerSeam(
-            adapter, method, method.llm_layers(facts, budget), lambda: self.budget, facts, recounts
-        )
+        self.policy: Policy = method.published_positions if positions == "published" else positions
+        between = method.published_between(facts) if positions == "published" else positions
+        cuts, anew = method.llm_layers(facts, budget), between == "renumber"
+        self.layers = LayerSeam(adapter, method, cuts, lambda: self.budget, facts, anew)
         self.rows = RowSeam(
             adapter, self._plan(), method.rule_layers(facts), method.layer_rule, self.layers
         )
