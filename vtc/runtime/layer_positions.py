@@ -29,6 +29,7 @@ class Recounted:
         self._rotary, self._anew = rotary, anew
         self._behind = () if state is None else state.shifts
         self._given: Tensor | None = None
+        self._counted: dict[tuple[Stage, bool], Tensor] = {}
 
     def see(self, ids: Tensor) -> None:
         """Note the ids `[(P,) 1 or B, Q]` that all layers would go by."""
@@ -79,6 +80,11 @@ class Recounted:
 
     def _ids(self, stage: Stage, whole: bool, batch: int) -> Tensor:
         """Those of the entries of a stage, `[(P,) B, L]`; 0 where nothing is attended to."""
+        if (stage, whole) not in self._counted:
+            self._counted[stage, whole] = self._count(stage, whole, batch)
+        return self._counted[stage, whole]
+
+    def _count(self, stage: Stage, whole: bool, batch: int) -> Tensor:
         given = self._all(batch)
         columns, mask = self._rows(stage, batch, given.device)
         own = given.gather(-1, columns.expand(*given.shape[:-1], -1))

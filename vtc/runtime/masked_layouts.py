@@ -125,6 +125,8 @@ class MaskedRows(_Masked, RowLayout):
 class MaskedPacked(_Masked, PackedLayout):
     """One sequence, in which attention sees all segments at once (`probe.together`)."""
 
+    moving: tuple[str, ...] = ("index", "valid", "where", "_unit")
+
     def __init__(self, encoder: Encoder, run: Run, hidden: Tensor) -> None:
         Layout.__init__(self, encoder, run, run.lengths, hidden.device)
         self.total = int(run.lengths.sum())
