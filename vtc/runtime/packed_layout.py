@@ -17,7 +17,7 @@ from vtc.runtime.rows import Run
 class PackedLayout(Layout):
     """One sequence `[T, width]` in which rows stand one behind the other, or in windows."""
 
-    moving = ("index", "valid", "at", "places", "where")
+    moving: tuple[str, ...] = ("index", "valid", "at", "places", "where")
 
     def __init__(self, encoder: Encoder, run: Run, hidden: Tensor) -> None:
         super().__init__(encoder, run, run.lengths, hidden.device)
